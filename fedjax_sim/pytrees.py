@@ -1,0 +1,72 @@
+"""Stacked pytrees as matrices: raveling, norms, and who takes part."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from fedjax_sim.types import Array, PyTree, RoundContext
+
+
+def ravel_clients(stacked: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    """A stacked pytree as a float32 matrix ``[k, d]`` and the way back for one row.
+
+    Returns:
+        The matrix, and ``unravel: [d] -> pytree`` of one client's structure and dtypes.
+        ``jax.vmap(unravel)`` turns a whole matrix back.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrix, unravel = ravel_clients({"b": jnp.ones(3), "w": jnp.zeros((3, 2))})
+        >>> matrix.shape, sorted(unravel(matrix[0]))
+        ((3, 3), ['b', 'w'])
+    """
+    leaves = jax.tree.leaves(stacked)
+    rows = leaves[0].shape[0]
+    template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked)
+    _, unravel = ravel_pytree(template)
+    matrix = jnp.concatenate(
+        [leaf.reshape(rows, -1).astype(jnp.float32) for leaf in leaves], axis=1
+    )
+    return matrix, unravel
+
+
+def ravel(tree: PyTree) -> Array:
+    """A pytree as one float32 vector ``[d]``, in the order of ``ravel_clients``."""
+    return jnp.concatenate(
+        [jnp.asarray(x).reshape(-1).astype(jnp.float32) for x in jax.tree.leaves(tree)]
+    )
+
+
+def finite_rows(matrix: Array) -> Array:
+    """``bool [k]``: rows whose values and squared norm are all finite in float32."""
+    return jnp.isfinite(jnp.sum(matrix * matrix, axis=1))
+
+
+def participants(
+    updates: PyTree, context: RoundContext
+) -> tuple[Array, Array, Callable[[Array], PyTree]]:
+    """The one entry of every rule: ``(U [k, d], mask [k], unravel)``.
+
+    Rows that hold a non-finite value, or whose squared norm is not finite, are taken
+    out of ``context.mask``; every row that takes no part is set to zero, so that no NaN
+    can leak through ``0 * NaN``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> U, mask, _ = participants(jnp.array([[1.0], [jnp.nan]]), RoundContext())
+        >>> U.tolist(), mask.tolist()
+        ([[1.0], [0.0]], [True, False])
+    """
+    matrix, unravel = ravel_clients(updates)
+    mask = finite_rows(matrix)
+    if context.mask is not None:
+        mask &= context.mask
+    return jnp.where(mask[:, None], matrix, 0.0), mask, unravel
+
+
+def unit(x: Array, norm: Array) -> Array:
+    """``x / norm`` along the last axis, 0 where ``norm <= 1e-12`` (algorithms G3)."""
+    safe = jnp.where(norm > 1e-12, norm, 1.0)[..., None]
+    return jnp.where(norm[..., None] > 1e-12, x / safe, 0.0)

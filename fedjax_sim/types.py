@@ -1,0 +1,231 @@
+"""The values a simulation is made of: NamedTuples of arrays or of pure functions.
+
+Everything a study varies plugs into one fixed round as one of these values. The sign
+convention, stated once and used everywhere: **update = client params - server params**.
+"Stacked" means that every leaf has a leading client axis.
+
+Symbols in shapes: ``N`` clients in all, ``k`` clients in a round's cohort, ``m`` samples
+per client (padded, with a mask), ``P`` samples in the pool, ``d`` parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+Params = PyTree
+
+
+class Examples(NamedTuple):
+    """Labelled samples on the host: ``inputs [s, ...]`` and integer ``targets [s]``."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A data set with its origin. Images are ``uint8 [s, height, width, channels]``."""
+
+    name: str
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    source: str
+    licence: str
+    task: str = "classification"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+class ClientData(NamedTuple):
+    """The samples of one client, or of a stacked cohort with a leading ``k`` axis.
+
+    Attributes:
+        inputs: ``[m, ...]``, as stored (``uint8`` images stay ``uint8``).
+        targets: ``int32 [m]``.
+        mask: ``bool [m]``, False where a row is padding. Padding comes last.
+    """
+
+    inputs: Array
+    targets: Array
+    mask: Array
+
+
+class Clients(NamedTuple):
+    """All clients of a run: one sample pool and an index table into it, no copies.
+
+    Attributes:
+        inputs: the pool's inputs, ``[P, ...]``.
+        targets: the pool's targets, ``int32 [P]``.
+        indices: ``int32 [N, m]``, the pool rows of each client; padding holds 0.
+        mask: ``bool [N, m]``, False where ``indices`` is padding. Padding comes last.
+    """
+
+    inputs: Array
+    targets: Array
+    indices: Array
+    mask: Array
+
+    @property
+    def num_clients(self) -> int:
+        return self.indices.shape[0]
+
+    def sizes(self) -> Array:
+        """Number of samples of every client, ``int32 [N]``."""
+        return self.mask.sum(axis=1, dtype=jnp.int32)
+
+    def gather(self, ids: Array) -> ClientData:
+        """The data of the clients ``ids``: a scalar id, or ``[k]`` for a cohort."""
+        rows = self.indices[ids]
+        return ClientData(self.inputs[rows], self.targets[rows], self.mask[ids])
+
+
+class RoundContext(NamedTuple):
+    """What a rule or an attack may know of the round besides the updates.
+
+    Every field is optional, so a rule can be called on a plain ``[n, d]`` array without
+    an engine: ``rule.apply(U, rule.init(U[0], len(U)), RoundContext())``.
+
+    Attributes:
+        key: PRNG key of this use in this round.
+        params: server parameters the round started from.
+        previous_params: server parameters one round earlier (``params`` in round 0).
+        previous_aggregate: last round's aggregate (zeros in round 0).
+        round: ``int32 []``, from 0.
+        client_ids: ``int32 [k]``, index of each row in the ``N`` clients; per-client
+            state is indexed by it.
+        num_samples: ``float32 [k]``, data size of each row.
+        mask: ``bool [k]``, who takes part. Rows with a non-finite value or norm are
+            taken out of it by every rule.
+        root_update: update of the server's own training on its root dataset, with the
+            structure of ``params``.
+        byzantine: ``bool [k]``, who is Byzantine. Given to attacks only: it is always
+            None for an aggregator.
+    """
+
+    key: Array | None = None
+    params: Params | None = None
+    previous_params: Params | None = None
+    previous_aggregate: Params | None = None
+    round: Array | None = None
+    client_ids: Array | None = None
+    num_samples: Array | None = None
+    mask: Array | None = None
+    root_update: Params | None = None
+    byzantine: Array | None = None
+
+
+class AggregatorInfo(NamedTuple):
+    """What a rule thought of each client. The same three arrays for every rule.
+
+    Attributes:
+        weights: ``float32 [k]``, share of each client in the aggregate; sums to 1, or is
+            all zero when the aggregate is zero because nobody was left. For a
+            coordinate-wise rule: the share of coordinates the client supplied.
+        flagged: ``bool [k]``, True where the rule rejected the client.
+        scores: ``float32 [k]``, higher = more suspicious; ``inf`` for rows left out
+            before the rule looked (non-finite, or masked).
+        details: further per-client arrays ``[k]`` by name, such as ``trust``.
+    """
+
+    weights: Array
+    flagged: Array
+    scores: Array
+    details: dict[str, Array] = {}
+
+
+class Aggregator(NamedTuple):
+    """A rule that turns stacked client updates into one update.
+
+    Attributes:
+        init: ``(params, num_clients) -> state``; per-client state has a leading ``N``.
+        apply: ``(updates, state, context) -> (aggregate, state, AggregatorInfo)``. The
+            updates are any pytree with a leading client axis; the aggregate has the
+            same structure without it.
+        validate: ``(cohort_size) -> None``; raises ValueError where the rule's condition
+            on the number of clients does not hold. Called by ``Simulation`` before any
+            training and by a bare ``apply`` while tracing.
+        needs: names of the ``RoundContext`` fields the rule cannot do without.
+        name: as on the command line and in the results.
+    """
+
+    init: Callable[[Params, int], PyTree]
+    apply: Callable[[PyTree, PyTree, RoundContext], tuple[PyTree, PyTree, AggregatorInfo]]
+    validate: Callable[[int], None]
+    needs: frozenset[str] = frozenset()
+    name: str = "custom"
+
+
+class UpdateAttack(NamedTuple):
+    """Byzantine clients replace their updates after honest training.
+
+    Attributes:
+        init: ``(params, num_clients) -> state``.
+        apply: ``(updates, state, context) -> (updates, state)``. Rows where
+            ``context.byzantine`` is False come back bit-identical.
+        validate: ``(cohort_size, num_byzantine) -> None`` with the number of Byzantine
+            clients expected in a cohort; raises ValueError where the attack's formula
+            has no meaning.
+        knowledge: ``own`` (an attacker sees its own row), ``colluding`` (attackers see
+            each other's rows) or ``omniscient`` (they see every row).
+        needs: names of the ``RoundContext`` fields the attack cannot do without.
+        name: as on the command line and in the results.
+    """
+
+    init: Callable[[Params, int], PyTree]
+    apply: Callable[[PyTree, PyTree, RoundContext], tuple[PyTree, PyTree]]
+    validate: Callable[[int, int], None]
+    knowledge: str
+    needs: frozenset[str] = frozenset()
+    name: str = "custom"
+
+
+class DataAttack(NamedTuple):
+    """Byzantine clients train on poisoned data.
+
+    Attributes:
+        poison: ``(key, one client's data, context) -> data``, written for ONE client;
+            the engine maps it over the Byzantine clients of a cohort and leaves honest
+            clients' data as it is.
+        validate: ``(num_classes) -> None``; raises ValueError where the attack does not
+            fit the task.
+        name: as on the command line and in the results.
+    """
+
+    poison: Callable[[Array, ClientData, RoundContext], ClientData]
+    validate: Callable[[int], None]
+    name: str = "custom"
+
+
+class ClientInfo(NamedTuple):
+    """What one client reports of its local training: ``loss``, the mean over steps."""
+
+    loss: Array
+
+
+class ClientUpdate(NamedTuple):
+    """Local training, written for ONE client; the engine vmaps, chunks or shards it.
+
+    Attributes:
+        init: ``(params) -> client state`` kept by client id between rounds; ``()`` when
+            a client remembers nothing.
+        apply: ``(model, key, params, data, state, round) -> (update, state, info)`` with
+            update = client params - server params and ``ClientInfo`` as info.
+        num_steps: ``(sizes int [N]) -> int [N]``: local steps a client of each size
+            takes; host-side NumPy.
+        with_steps: ``(steps) -> ClientUpdate``: the same training for exactly that many
+            steps, as the root update needs.
+        validate: ``(sizes int [N]) -> None``; raises ValueError on sizes it cannot train.
+    """
+
+    init: Callable[[Params], PyTree]
+    apply: Callable[..., tuple[Params, PyTree, ClientInfo]]
+    num_steps: Callable[[np.ndarray], np.ndarray]
+    with_steps: Callable[[int], "ClientUpdate"]
+    validate: Callable[[np.ndarray], None]
