@@ -24,11 +24,17 @@ def ravel_clients(stacked: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
     """
     leaves = jax.tree.leaves(stacked)
     rows = leaves[0].shape[0]
-    template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked)
-    _, unravel = ravel_pytree(template)
+    dtypes = jax.tree.map(lambda x: x.dtype, stacked)
+    template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), stacked)
+    _, unravel_float32 = ravel_pytree(template)
     matrix = jnp.concatenate(
         [leaf.reshape(rows, -1).astype(jnp.float32) for leaf in leaves], axis=1
     )
+
+    def unravel(row: Array) -> PyTree:
+        # ravel_pytree casts back only where the dtypes of the leaves differ.
+        return jax.tree.map(lambda x, t: x.astype(t), unravel_float32(row), dtypes)
+
     return matrix, unravel
 
 

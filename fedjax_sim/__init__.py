@@ -1,0 +1,23 @@
+"""Simulation of federated learning under attack, in JAX."""
+
+from fedjax_sim import aggregators, attacks, data, metrics, models, report
+from fedjax_sim.clients import local_sgd
+from fedjax_sim.models import Model
+from fedjax_sim.rounds import History, RoundState
+from fedjax_sim.simulation import Comparison, Simulation, compare
+
+__all__ = [
+    "Comparison",
+    "History",
+    "Model",
+    "RoundState",
+    "Simulation",
+    "aggregators",
+    "attacks",
+    "compare",
+    "data",
+    "local_sgd",
+    "metrics",
+    "models",
+    "report",
+]

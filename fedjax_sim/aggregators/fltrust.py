@@ -1,0 +1,84 @@
+"""FLTrust: trust bootstrapped from the server's own small dataset."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.aggregators.common import (
+    integer,
+    normalize,
+    root_vector,
+    stateless,
+    weighted_sum,
+)
+from fedjax_sim.pytrees import participants, unit
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
+
+# Below this a norm, or a sum of trust, counts as zero.
+TINY = 1e-12
+
+
+def cosines(U: Array, norms: Array, root: Array, root_norm: Array) -> Array:
+    """``[n]``: cosine of every row to the root update, 0 where either is zero."""
+    along = jnp.matmul(U, unit(root, root_norm), precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.where(norms > TINY, along / jnp.where(norms > TINY, norms, 1.0), 0.0)
+    return jnp.clip(cosine, -1.0, 1.0)
+
+
+def fltrust() -> Aggregator:
+    """Weighs clients by their cosine to the server's own update, at its norm.
+
+    ``TS_i = max(cos(u_i, g0), 0)`` and
+    ``aggregate = sum_i TS_i |g0| u_i / |u_i| / sum_i TS_i``.
+
+    Assumptions: the server holds a small clean root dataset of the clients' task,
+    disjoint from theirs and from the test set, and trains on it like a client to get
+    ``g0``. No honest majority is needed. Data sizes are not used.
+
+    Returns:
+        An ``Aggregator`` that needs ``root_update``. Clients of trust 0 are flagged;
+        scores are ``1 - cosine``; details are ``cosine`` and ``trust``.
+
+    Raises:
+        ValueError: from ``apply``, where the context has no root update.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rule = fltrust()
+        >>> U = jnp.array([[3.0, 0.0], [0.0, 5.0], [-4.0, 0.0]])
+        >>> context = RoundContext(root_update=jnp.array([2.0, 0.0]))
+        >>> rule.apply(U, rule.init(U[0], 3), context)[0].tolist()
+        [2.0, 0.0]
+
+    References:
+        Cao, Fang, Liu, Gong, "FLTrust: Byzantine-robust federated learning via trust
+        bootstrapping", NDSS 2021.
+
+    Differs from the paper: where nobody is trusted, or the root update is zero or not
+    finite, the aggregate is zero (some public code falls back to the plain mean there,
+    attackers included). Norms up to 1e-12 count as zero.
+    """
+
+    def validate(cohort_size: int) -> None:
+        integer("fltrust", "cohort_size", cohort_size, 1)
+
+    def apply(
+        updates: PyTree, state: PyTree, context: RoundContext
+    ) -> tuple[PyTree, PyTree, AggregatorInfo]:
+        U, mask, unravel = participants(updates, context)
+        validate(len(U))
+        root, root_norm = root_vector("fltrust", context)
+        norms = jnp.linalg.norm(U, axis=1)
+        cosine = cosines(U, norms, root, root_norm)
+        trust = jnp.maximum(cosine, 0.0)
+        weights = normalize(trust, TINY)
+        scale = weights * root_norm / jnp.where(norms > TINY, norms, 1.0)
+        info = AggregatorInfo(
+            weights=weights,
+            flagged=trust == 0,
+            scores=jnp.where(mask, 1.0 - cosine, jnp.inf),
+            details={"cosine": cosine, "trust": trust},
+        )
+        return unravel(weighted_sum(scale, U)), state, info
+
+    needs = frozenset({"root_update"})
+    return Aggregator(stateless, apply, validate, needs, "fltrust")

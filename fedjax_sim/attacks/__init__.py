@@ -1,0 +1,31 @@
+"""What Byzantine clients do: to the updates they send, or to the data they train on."""
+
+from collections.abc import Callable
+
+from fedjax_sim.attacks.alie import alie
+from fedjax_sim.attacks.gaussian import gaussian
+from fedjax_sim.attacks.ipm import ipm
+from fedjax_sim.attacks.label_flip import label_flip
+from fedjax_sim.attacks.scaling import scaling
+from fedjax_sim.attacks.sign_flip import sign_flip
+from fedjax_sim.types import DataAttack, UpdateAttack
+
+UPDATE_ATTACKS: dict[str, Callable[..., UpdateAttack]] = {
+    "alie": alie,
+    "gaussian": gaussian,
+    "ipm": ipm,
+    "scaling": scaling,
+    "sign_flip": sign_flip,
+}
+DATA_ATTACKS: dict[str, Callable[..., DataAttack]] = {"label_flip": label_flip}
+
+__all__ = [
+    "DATA_ATTACKS",
+    "UPDATE_ATTACKS",
+    "alie",
+    "gaussian",
+    "ipm",
+    "label_flip",
+    "scaling",
+    "sign_flip",
+]

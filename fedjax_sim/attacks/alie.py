@@ -1,0 +1,138 @@
+"""A little is enough: hide inside the spread of the honest updates."""
+
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+from fedjax_sim.attacks.rows import (
+    KNOWLEDGE,
+    finite_number,
+    known_rows,
+    mean_over,
+    replace_rows,
+    required,
+    stateless,
+    std_over,
+    taking_part,
+    unconditional,
+)
+from fedjax_sim.registry import lookup
+from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
+
+NEEDS = frozenset({"byzantine"})
+
+
+def z_max(num_clients: Array, num_byzantine: Array) -> Array:
+    """The largest shift, in standard deviations, that a majority still supports.
+
+    ``z_max = Phi^-1((n - m - s) / (n - m))`` with ``s = floor(n / 2 + 1) - m``, the
+    honest clients the attackers need on their side. The counts may be traced. The
+    probability is kept half a client away from 0 and 1, which changes nothing where the
+    formula has a meaning (``1 <= s < n - m``) and keeps z finite elsewhere.
+
+    Example:
+        >>> [round(float(z_max(n, m)), 3) for n, m in [(50, 24), (100, 20), (5, 1)]]
+        [1.426, 0.286, 0.0]
+    """
+    honest = jnp.maximum(num_clients - num_byzantine, 1)
+    supporters = num_clients // 2 + 1 - num_byzantine
+    half = 0.5 / honest
+    return ndtri(jnp.clip((honest - supporters) / honest, half, 1.0 - half))
+
+
+def _validate(cohort_size: int, num_byzantine: int) -> None:
+    most = cohort_size // 2
+    if num_byzantine == 0 or (cohort_size >= 3 and num_byzantine <= most):
+        return
+    fix = f"Lower num_byzantine to {most}" if cohort_size >= 3 else "Add clients"
+    raise ValueError(
+        "alie with z=None needs cohort_size >= 3 and num_byzantine <= cohort_size // 2 "
+        "(s = floor(n / 2 + 1) - m >= 1, else z_max is infinite); got "
+        f"cohort_size={cohort_size}, num_byzantine={num_byzantine}. {fix}, or give z "
+        "(the paper's experiments use 1.5)."
+    )
+
+
+def alie(
+    z: float | None = None,
+    direction: int = 1,
+    ddof: int = 0,
+    knowledge: str = "colluding",
+) -> UpdateAttack:
+    """Shifts the mean by less than the natural spread of the updates.
+
+    ``u' = mu + direction z sigma`` in every coordinate, with mean ``mu`` and standard
+    deviation ``sigma`` of the known rows; all attackers send the same. By default ``z``
+    is ``z_max = Phi^-1((n - m - s) / (n - m))``, ``s = floor(n / 2 + 1) - m``, of the
+    ``n`` clients that take part and the ``m`` attackers among them, counted anew each
+    round because they vary with the cohort.
+
+    Threat model: untargeted. ``colluding`` attackers know only their own honestly
+    trained updates, ``omniscient`` ones the honest updates. Known rows are those that
+    take part and are finite; where there is none, the attackers send what they trained.
+    The spread of a single row is 0: a lone colluding attacker sends what it trained.
+
+    Args:
+        z: shift in standard deviations, not negative; None for ``z_max``.
+        direction: 1 or -1. The paper subtracts ``z sigma`` from *gradients*, which is 1
+            on updates.
+        ddof: 0 or 1; ``sigma`` divides by the number of rows minus this.
+        knowledge: ``colluding`` or ``omniscient``.
+
+    Returns:
+        A stateless ``UpdateAttack``; needs ``byzantine``. With ``z=None``, ``validate``
+        refuses numbers for which ``z_max`` is infinite.
+
+    Raises:
+        ValueError: an option out of range or unknown, or, while tracing, a context
+            field missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedjax_sim.types import RoundContext
+        >>> U = jnp.array([[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
+        >>> context = RoundContext(byzantine=jnp.array([True, True, False]))
+        >>> alie(z=1.0).apply(U, (), context)[0].tolist()
+        [[3.0, 4.0], [3.0, 4.0], [9.0, 9.0]]
+
+    References:
+        M. Baruch, G. Baruch and Y. Goldberg, "A little is enough: circumventing
+        defenses for distributed learning", NeurIPS 2019.
+
+    Differs from the paper:
+        ``omniscient`` and ``ddof=1`` (both common in public code) are options. In a
+        sampled cohort where ``s < 1``, or with fewer than two honest clients, the
+        probability inside ``z_max`` is kept half a client away from 0 and 1. With a
+        single attacker (or two, where n is even) ``z_max`` is 0 or slightly below, as
+        the formula says.
+    """
+    if z is not None:
+        z = finite_number("alie", "z", z)
+        if z < 0:
+            raise ValueError(
+                f"alie needs z >= 0; got z={z}. Use direction=-1 for the other side."
+            )
+    if direction not in (1, -1):
+        raise ValueError(f"alie needs direction 1 or -1; got direction={direction!r}.")
+    if ddof not in (0, 1):
+        raise ValueError(f"alie needs ddof 0 or 1; got ddof={ddof!r}.")
+    lookup("knowledge of alie", knowledge, KNOWLEDGE)
+
+    def apply(
+        updates: PyTree, state: PyTree, context: RoundContext
+    ) -> tuple[PyTree, PyTree]:
+        byzantine = required("alie", context, "byzantine")
+        present = taking_part(updates, context)
+        known = known_rows(present, byzantine, knowledge)
+        if z is None:
+            shift = z_max(jnp.sum(present), jnp.sum(present & byzantine))
+        else:
+            shift = jnp.float32(z)
+
+        def craft(u: Array) -> Array:
+            mean = mean_over(known, u)
+            return mean + direction * shift * std_over(known, u, mean, ddof)
+
+        return replace_rows(craft, byzantine & jnp.any(known), updates), state
+
+    validate = _validate if z is None else unconditional
+    return UpdateAttack(stateless, apply, validate, knowledge, NEEDS, "alie")

@@ -1,0 +1,123 @@
+"""Gaussian: send noise that has nothing to do with the training."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.attacks.rows import (
+    finite_number,
+    known_rows,
+    mean_over,
+    replace_rows,
+    required,
+    stateless,
+    std_over,
+    taking_part,
+    unconditional,
+)
+from fedjax_sim.registry import lookup
+from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
+
+NEEDS = frozenset({"byzantine", "client_ids", "key"})
+MODES = {"replace": "N(mean, std^2)", "fitted": "N of the attackers' own rows"}
+
+
+def normal_rows(key: Array, client_ids: Array, updates: PyTree) -> PyTree:
+    """Independent standard normal values in the shape of the updates, float32.
+
+    The draw of a row depends on the key, its client id and the leaf alone, so it is the
+    same wherever the row stands in the cohort.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, client_ids)
+
+    def draw(leaf_index: int, leaf: Array) -> Array:
+        def one_row(row_key: Array) -> Array:
+            leaf_key = jax.random.fold_in(row_key, leaf_index)
+            return jax.random.normal(leaf_key, leaf.shape[1:], jnp.float32)
+
+        return jax.vmap(one_row)(row_keys)
+
+    return jax.tree.unflatten(structure, [draw(i, x) for i, x in enumerate(leaves)])
+
+
+def gaussian(
+    mean: float = 0.0, std: float = 1.0, mode: str = "replace"
+) -> UpdateAttack:
+    """Sends Gaussian noise, drawn independently by every attacker.
+
+    With ``xi`` standard normal in every coordinate::
+
+        mode="replace":  u' = mean + std xi
+        mode="fitted":   u' = mu + sigma xi,  mu and sigma (ddof 0) per coordinate of
+                         the attackers' own honestly trained updates
+
+    Threat model: untargeted; ``replace`` needs no knowledge, ``fitted`` lets the
+    attackers see each other's rows (those that take part and are finite; where there is
+    none, the attackers send what they trained). The spread of a single row is 0: a lone
+    ``fitted`` attacker sends what it trained.
+
+    Args:
+        mean: mean of the noise, ``replace`` only.
+        std: standard deviation of the noise, positive, ``replace`` only.
+        mode: ``replace`` or ``fitted``.
+
+    Returns:
+        A stateless ``UpdateAttack``; needs ``byzantine``, ``key`` and ``client_ids``:
+        the draw of a client does not depend on its place in the cohort.
+
+    Raises:
+        ValueError: ``mean`` not finite, ``std`` not finite and positive, unknown
+            ``mode``, ``mean`` or ``std`` given with ``fitted``, or, while tracing, a
+            context field missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedjax_sim.types import RoundContext
+        >>> context = RoundContext(key=jax.random.key(0), client_ids=jnp.arange(2),
+        ...                        byzantine=jnp.array([True, False]))
+        >>> gaussian(std=200.0).apply(jnp.ones((2, 3)), (), context)[0][1].tolist()
+        [1.0, 1.0, 1.0]
+
+    References:
+        P. Blanchard, E. M. El Mhamdi, R. Guerraoui and J. Stainer, "Machine learning
+        with adversaries: Byzantine tolerant gradient descent", NeurIPS 2017 (replace,
+        std 200 on gradients).
+
+        M. Fang, X. Cao, J. Jia and N. Z. Gong, "Local model poisoning attacks to
+        Byzantine-robust federated learning", USENIX Security 2020 (fitted).
+
+    Differs from the paper:
+        Blanchard et al. use ``std=200`` on gradients; 1 is later practice.
+    """
+    mean = finite_number("gaussian", "mean", mean)
+    std = finite_number("gaussian", "std", std, above=0)
+    lookup("mode of gaussian", mode, MODES)
+    fitted = mode == "fitted"
+    if fitted and (mean, std) != (0.0, 1.0):
+        raise ValueError(
+            "gaussian with mode='fitted' takes its mean and std from the attackers' "
+            f"rows; got mean={mean}, std={std}. Drop them, or use mode='replace'."
+        )
+
+    def apply(
+        updates: PyTree, state: PyTree, context: RoundContext
+    ) -> tuple[PyTree, PyTree]:
+        byzantine = required("gaussian", context, "byzantine")
+        key = required("gaussian", context, "key")
+        client_ids = required("gaussian", context, "client_ids")
+        noise = normal_rows(key, client_ids, updates)
+        if not fitted:
+            return (
+                replace_rows(lambda u, xi: mean + std * xi, byzantine, updates, noise),
+                state,
+            )
+        known = known_rows(taking_part(updates, context), byzantine, "colluding")
+
+        def craft(u: Array, xi: Array) -> Array:
+            mu = mean_over(known, u)
+            return mu + std_over(known, u, mu) * xi
+
+        return replace_rows(craft, byzantine & jnp.any(known), updates, noise), state
+
+    knowledge = "colluding" if fitted else "own"
+    return UpdateAttack(stateless, apply, unconditional, knowledge, NEEDS, "gaussian")

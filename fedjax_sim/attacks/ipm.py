@@ -1,0 +1,73 @@
+"""Inner-product manipulation: send a negative multiple of the honest mean."""
+
+import jax.numpy as jnp
+
+from fedjax_sim.attacks.rows import (
+    KNOWLEDGE,
+    finite_number,
+    known_rows,
+    mean_over,
+    replace_rows,
+    required,
+    stateless,
+    taking_part,
+    unconditional,
+)
+from fedjax_sim.registry import lookup
+from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
+
+NEEDS = frozenset({"byzantine"})
+
+
+def ipm(epsilon: float = 0.1, knowledge: str = "omniscient") -> UpdateAttack:
+    """Makes the inner product of the aggregate and the true direction negative.
+
+    ``u' = -epsilon mean(B)``, with ``B`` the known rows; all attackers send the same.
+
+    Threat model: untargeted. ``omniscient`` attackers know the honest updates,
+    ``colluding`` ones estimate the mean from their own honestly trained updates. A
+    small epsilon hides inside Krum; ``epsilon > (n - m) / m`` with ``m`` attackers of
+    ``n`` reverses the plain mean. Known rows are those that take part and are finite;
+    where there is none, the attackers send what they trained.
+
+    Args:
+        epsilon: positive; 0.1 to hide, 1 to 2 for an attack on the mean.
+        knowledge: ``omniscient`` or ``colluding``.
+
+    Returns:
+        A stateless ``UpdateAttack``; needs ``byzantine``.
+
+    Raises:
+        ValueError: ``epsilon`` not finite and positive, unknown ``knowledge``, or,
+            while tracing, a context field missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from fedjax_sim.types import RoundContext
+        >>> U = jnp.array([[9.0, 9.0], [1.0, 0.0], [3.0, 4.0]])
+        >>> context = RoundContext(byzantine=jnp.array([True, False, False]))
+        >>> ipm(epsilon=0.5).apply(U, (), context)[0].tolist()
+        [[-1.0, -1.0], [1.0, 0.0], [3.0, 4.0]]
+
+    References:
+        C. Xie, O. Koyejo and I. Gupta, "Fall of empires: breaking Byzantine-tolerant
+        SGD by inner product manipulation", UAI 2019.
+
+    Differs from the paper:
+        ``colluding`` is ours; the paper's attackers are omniscient.
+    """
+    epsilon = finite_number("ipm", "epsilon", epsilon, above=0)
+    lookup("knowledge of ipm", knowledge, KNOWLEDGE)
+
+    def apply(
+        updates: PyTree, state: PyTree, context: RoundContext
+    ) -> tuple[PyTree, PyTree]:
+        byzantine = required("ipm", context, "byzantine")
+        known = known_rows(taking_part(updates, context), byzantine, knowledge)
+
+        def craft(u: Array) -> Array:
+            return -epsilon * mean_over(known, u)
+
+        return replace_rows(craft, byzantine & jnp.any(known), updates), state
+
+    return UpdateAttack(stateless, apply, unconditional, knowledge, NEEDS, "ipm")

@@ -1,0 +1,161 @@
+"""Label flip: train honestly on wrong labels."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.attacks.rows import finite_number
+from fedjax_sim.registry import lookup
+from fedjax_sim.types import Array, ClientData, DataAttack, RoundContext
+
+MODES = {
+    "symmetric": "y' = L - 1 - y",
+    "shift": "y' = (y + 1) mod L",
+    "targeted": "y' = target where y = source",
+    "random": "y' uniform over the other classes",
+}
+
+
+def _integer(option: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"label_flip needs an integer {option}; got {value!r} "
+            f"({type(value).__name__})."
+        ) from None
+
+
+def _class_pair(
+    num_classes: int, mode: str, source: int | None, target: int | None
+) -> tuple[int, int] | None:
+    """``(source, target)`` of a targeted flip, None for every other mode."""
+    if mode != "targeted":
+        if source is not None or target is not None:
+            raise ValueError(
+                f"label_flip with mode={mode!r} takes no source and target; got "
+                f"source={source}, target={target}. Drop them, or use mode='targeted'."
+            )
+        return None
+    if source is None or target is None:
+        raise ValueError(
+            "label_flip with mode='targeted' needs both source and target; got "
+            f"source={source}, target={target}."
+        )
+    source, target = _integer("source", source), _integer("target", target)
+    if source == target or not {source, target} <= set(range(num_classes)):
+        raise ValueError(
+            f"label_flip needs two different classes from 0 to {num_classes - 1}; got "
+            f"source={source}, target={target}."
+        )
+    return source, target
+
+
+def _choose(key: Array, eligible: Array, fraction: float) -> Array:
+    """``round(fraction * number eligible)`` of the eligible samples, ``bool [m]``."""
+    if fraction == 1.0:
+        return eligible
+    draws = jnp.where(eligible, jax.random.uniform(key, eligible.shape), jnp.inf)
+    ranks = jnp.argsort(jnp.argsort(draws))
+    return ranks < jnp.round(fraction * jnp.sum(eligible))
+
+
+def label_flip(
+    num_classes: int,
+    mode: str = "symmetric",
+    source: int | None = None,
+    target: int | None = None,
+    fraction: float = 1.0,
+) -> DataAttack:
+    """Relabels a share of an attacker's samples before it trains.
+
+    With ``L`` classes, on the chosen samples::
+
+        symmetric:  y' = L - 1 - y          (the middle class of an odd L stays)
+        shift:      y' = (y + 1) mod L
+        targeted:   y' = target  where y = source
+        random:     y' uniform over the L - 1 other classes
+
+    Threat model: an attacker changes its own labels and then follows the protocol; it
+    knows nothing of the other clients. Padding is never touched (``mask=None``: there
+    is none).
+
+    Args:
+        num_classes: ``L >= 2``.
+        mode: one of the above.
+        source: class to relabel, ``targeted`` only.
+        target: class to relabel as, ``targeted`` only.
+        fraction: share of the attacker's samples (of its ``source`` samples if
+            ``targeted``) that is relabelled, from 0 to 1. The number is rounded to the
+            nearest integer, half to even.
+
+    Returns:
+        A ``DataAttack`` for one client. Which samples are chosen, and the labels of
+        ``random``, follow from the key alone: give a client the same key in every round
+        for a data set that is poisoned once.
+
+    Raises:
+        TypeError: a class, or the number of them, is not an integer.
+        ValueError: an option out of range, unknown, missing, or without effect in this
+            mode. ``validate`` raises it where the task has another number of classes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from fedjax_sim.types import ClientData, RoundContext
+        >>> y = jnp.array([0, 1, 5, 9])
+        >>> data = ClientData(jnp.zeros((4, 1)), y, jnp.ones(4, bool))
+        >>> attack = label_flip(num_classes=10)
+        >>> attack.poison(jax.random.key(0), data, RoundContext()).targets.tolist()
+        [9, 8, 4, 0]
+
+    References:
+        B. Biggio, B. Nelson and P. Laskov, "Support vector machines under adversarial
+        label noise", ACML 2011.
+
+        M. Fang, X. Cao, J. Jia and N. Z. Gong, "Local model poisoning attacks to
+        Byzantine-robust federated learning", USENIX Security 2020 (symmetric).
+
+        V. Tolpegin, S. Truex, M. E. Gursoy and L. Liu, "Data poisoning attacks against
+        federated learning systems", ESORICS 2020 (targeted).
+    """
+    num_classes = _integer("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError(
+            f"label_flip needs num_classes >= 2; got num_classes={num_classes}. There "
+            "is no other class to flip to."
+        )
+    lookup("mode of label_flip", mode, MODES)
+    pair = _class_pair(num_classes, mode, source, target)
+    fraction = finite_number("label_flip", "fraction", fraction)
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(
+            f"label_flip needs a fraction from 0 to 1; got fraction={fraction}."
+        )
+
+    def flip(key: Array, y: Array) -> Array:
+        if pair is not None:
+            return jnp.full_like(y, pair[1])
+        if mode == "symmetric":
+            return num_classes - 1 - y
+        if mode == "shift":
+            return (y + 1) % num_classes
+        return (y + jax.random.randint(key, y.shape, 1, num_classes)) % num_classes
+
+    def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
+        key_choice, key_label = jax.random.split(key)
+        y = data.targets
+        eligible = jnp.ones(y.shape, bool) if data.mask is None else data.mask
+        if pair is not None:
+            eligible &= y == pair[0]
+        chosen = _choose(key_choice, eligible, fraction)
+        return data._replace(targets=jnp.where(chosen, flip(key_label, y), y))
+
+    def validate(task_classes: int) -> None:
+        if task_classes != num_classes:
+            raise ValueError(
+                f"label_flip was made for num_classes={num_classes}; the task has "
+                f"{task_classes}. Pass num_classes={task_classes}."
+            )
+
+    return DataAttack(poison, validate, "label_flip")

@@ -1,0 +1,150 @@
+"""What the update attacks share: checks, who is known, moments of rows, replacing rows.
+
+Everything works leaf by leaf on the stacked pytree. Sums are taken in float32 (or wider
+if the leaf is), and results go back to the leaf's own dtype.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.types import Array, Params, PyTree, RoundContext
+
+KNOWLEDGE = {"colluding": "the attackers' own rows", "omniscient": "the honest rows"}
+
+
+def stateless(params: Params, num_clients: int) -> tuple[()]:
+    """The ``init`` of an attack that remembers nothing."""
+    return ()
+
+
+def unconditional(cohort_size: int, num_byzantine: int) -> None:
+    """The ``validate`` of an attack that works with any number of attackers."""
+
+
+def finite_number(
+    attack: str, option: str, value: Any, *, above: float = -math.inf
+) -> float:
+    """``value`` as a float, if it is a finite number greater than ``above``.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite, or not above the bound.
+
+    Example:
+        >>> finite_number("ipm", "epsilon", 0, above=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: ipm needs a finite epsilon > 0; got epsilon=0.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{attack} needs a number for {option}; got {value!r} "
+            f"({type(value).__name__}). Options are fixed at construction, so pass a "
+            "Python number."
+        )
+    number = float(value)
+    if not (math.isfinite(number) and number > above):
+        bound = "" if above == -math.inf else f" > {above}"
+        raise ValueError(
+            f"{attack} needs a finite {option}{bound}; got {option}={value!r}."
+        )
+    return number
+
+
+def required(attack: str, context: RoundContext, field: str) -> Any:
+    """The field of the context, which the attack cannot do without.
+
+    Raises:
+        ValueError: the field is missing.
+
+    Example:
+        >>> required("ipm", RoundContext(), "byzantine")
+        Traceback (most recent call last):
+        ...
+        ValueError: ipm needs context.byzantine; got None. Give it to RoundContext.
+    """
+    value = getattr(context, field)
+    if value is None:
+        raise ValueError(
+            f"{attack} needs context.{field}; got None. Give it to RoundContext."
+        )
+    return value
+
+
+def widen(leaf: Array) -> Array:
+    """The leaf in float32, or in its own dtype where that is wider."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def along(rows: Array, leaf: Array) -> Array:
+    """``[k]`` reshaped to ``[k, 1, ...]`` so that it selects whole rows of a leaf."""
+    return rows.reshape(rows.shape + (1,) * (leaf.ndim - 1))
+
+
+def taking_part(updates: PyTree, context: RoundContext) -> Array:
+    """``bool [k]``: rows in ``context.mask`` whose squared norm is finite.
+
+    The same rows that ``pytrees.participants`` leaves to an aggregator, without
+    raveling.
+    """
+    squares = [
+        jnp.sum(jnp.square(widen(leaf)), axis=tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(updates)
+    ]
+    finite = jnp.isfinite(sum(squares))
+    return finite if context.mask is None else finite & context.mask
+
+
+def known_rows(present: Array, byzantine: Array, knowledge: str) -> Array:
+    """``bool [k]``: the rows an attacker takes statistics of (see ``KNOWLEDGE``)."""
+    return present & (byzantine if knowledge == "colluding" else ~byzantine)
+
+
+def mean_over(rows: Array, x: Array) -> Array:
+    """Mean of the chosen rows, ``[1, ...]``; 0 where no row is chosen."""
+    total = jnp.sum(jnp.where(along(rows, x), x, 0.0), axis=0, keepdims=True)
+    return total / jnp.maximum(jnp.sum(rows), 1)
+
+
+def std_over(rows: Array, x: Array, mean: Array, ddof: int = 0) -> Array:
+    """Standard deviation of the chosen rows, ``[1, ...]``; 0 up to ``ddof`` rows.
+
+    Deviations are divided by the largest of their coordinate before they are squared,
+    because a square leaves the range of float32 from 2e19 up and from 1e-19 down.
+    """
+    deviation = jnp.where(along(rows, x), x - mean, 0.0)
+    largest = jnp.max(jnp.abs(deviation), axis=0, keepdims=True)
+    scale = jnp.where(largest > 0.0, largest, 1.0)
+    total = jnp.sum(jnp.square(deviation / scale), axis=0, keepdims=True)
+    return scale * jnp.sqrt(total / jnp.maximum(jnp.sum(rows) - ddof, 1))
+
+
+def replace_rows(
+    craft: Callable[..., Array], rows: Array, updates: PyTree, *others: PyTree
+) -> PyTree:
+    """The updates with the chosen rows of every leaf replaced, the rest bit-identical.
+
+    Args:
+        craft: from a widened leaf ``[k, ...]`` and the leaves of ``others`` to the new
+            rows, ``[k, ...]`` or ``[1, ...]``.
+        rows: ``bool [k]``, the rows to replace.
+        updates: stacked pytree.
+        *others: pytrees with the structure of ``updates``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([True, False])
+        >>> replace_rows(lambda u: -u, rows, jnp.array([[1.0], [2.0]])).tolist()
+        [[-1.0], [2.0]]
+    """
+
+    def replace(leaf: Array, *other_leaves: Array) -> Array:
+        crafted = craft(widen(leaf), *other_leaves).astype(leaf.dtype)
+        return jnp.where(along(rows, leaf), crafted, leaf)
+
+    return jax.tree.map(replace, updates, *others)

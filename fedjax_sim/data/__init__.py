@@ -1,0 +1,25 @@
+"""Data sets, and dividing them among clients."""
+
+from fedjax_sim.data.catalog import DATASETS, load
+from fedjax_sim.data.federation import clients_from_indices, federate
+from fedjax_sim.data.partition import (
+    PARTITIONS,
+    Partition,
+    dirichlet,
+    iid,
+    label_bias,
+    shards,
+)
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "Partition",
+    "clients_from_indices",
+    "dirichlet",
+    "federate",
+    "iid",
+    "label_bias",
+    "load",
+    "shards",
+]

@@ -1,0 +1,55 @@
+"""Every data set by the name it has in code, on the command line and in results."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from fedjax_sim.data import images, tfds
+from fedjax_sim.data.sources import resolve_data_dir
+from fedjax_sim.registry import lookup
+from fedjax_sim.types import Dataset
+
+DATASETS: dict[str, Callable[[Path], Dataset]] = {
+    "digits": images.digits,
+    "mnist": images.mnist,
+    "fashion_mnist": images.fashion_mnist,
+}
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """The data set ``name``, from the disk where it is there, else downloaded.
+
+    A source in ``data_dir`` (for MNIST first ``idx/mnist/*.gz``, then
+    ``tfds/mnist/<version>/``) is decoded once; the decoded copy lies in the user's cache
+    folder (``$FEDJAX_SIM_CACHE``) under the checksum of the source and serves every
+    later load. Without a source, a decoded copy of the official files is used if there
+    is one; otherwise the source is downloaded into ``data_dir`` and its checksums
+    compared. ``Dataset.source`` says which source it was.
+
+    Args:
+        name: ``digits`` (8x8, comes with scikit-learn, needs no files), ``mnist``,
+            ``fashion_mnist``, or ``tfds:<name>[/<config>][:<version>]`` for any
+            image-classification set of TensorFlow Datasets, such as ``tfds:cifar10``.
+        data_dir: folder with the sources; by default ``$FEDJAX_SIM_DATA``, else
+            ``data`` in the user's cache folder. Decoded copies are never written to it.
+
+    Returns:
+        A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs and ``int32
+        [s]`` targets.
+
+    Raises:
+        ValueError: unknown name, a corrupt file, or a TFDS set that is not image
+            classification with a fixed image shape.
+        FileNotFoundError: found nowhere and not to be had; lists every place tried.
+
+    Example:
+        >>> data = load("digits")
+        >>> data.train.inputs.shape, str(data.train.inputs.dtype), data.num_classes
+        ((1442, 8, 8, 1), 'uint8', 10)
+    """
+    folder = resolve_data_dir(data_dir)
+    if name.startswith("tfds:"):
+        return tfds.load(name, folder)
+    # The pattern is in the table only to be named by the error.
+    loader = lookup("data set", name, {**DATASETS, "tfds:<name>": tfds.load})
+    return loader(folder)

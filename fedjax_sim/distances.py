@@ -1,0 +1,117 @@
+"""Pairwise distances between clients, and the Krum scores built on them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.order import sort_clients
+from fedjax_sim.types import Array
+
+
+def pairwise_sq_distances(U: Array, mask: Array | None = None) -> Array:
+    """Squared Euclidean distances between the rows of ``U``, by their Gram matrix.
+
+    ``D_ij = |u_i|^2 + |u_j|^2 - 2 u_i . u_j`` loses every digit in float32 when the
+    rows share a large offset, so one row is subtracted first. It is the participants'
+    row of (lower) median norm, which no minority can blow up; the mean row can be.
+
+    Args:
+        U: float ``[n, d]``, finite.
+        mask: ``bool [n]``, who takes part; None for everybody. The entries of other
+            rows mean nothing.
+
+    Returns:
+        ``[n, n]``: exactly symmetric, at least 0, diagonal 0, and capped where float32
+        ends, so that a sum over n entries stays finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pairwise_sq_distances(jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
+        [[0.0, 25.0], [25.0, 0.0]]
+    """
+    mask = jnp.ones(len(U), bool) if mask is None else mask
+    sq_norms = jnp.where(mask, jnp.sum(U * U, axis=1), jnp.inf)
+    middle = jnp.argsort(sq_norms)[jnp.maximum(mask.sum() - 1, 0) // 2]
+    centred = jnp.where(mask[:, None], U - U[middle][None], 0.0)
+    gram = jnp.matmul(centred, centred.T, precision=jax.lax.Precision.HIGHEST)
+    sq_norms = jnp.diagonal(gram)
+    D = (sq_norms[:, None] - gram) + (sq_norms[None, :] - gram)
+    # Overflow leaves inf or inf - inf here: rows that far apart are as far as can be.
+    cap = jnp.finfo(D.dtype).max / (2 * len(U))
+    D = jnp.clip(jnp.where(jnp.isnan(D), cap, D), 0.0, cap)
+    return jnp.where(jnp.eye(len(U), dtype=bool), 0.0, (D + D.T) / 2)
+
+
+def krum_scores(distances: Array, mask: Array, num_neighbours: Array | int) -> Array:
+    """Krum's score: the sum of a client's distances to its nearest neighbours.
+
+    Args:
+        distances: ``[n, n]``, symmetric and finite.
+        mask: ``bool [n]``, who may be chosen and who counts as a neighbour.
+        num_neighbours: neighbours summed, an integer that may be traced. Where fewer
+            than that are left, those are summed.
+
+    Returns:
+        ``[n]``, ``inf`` where ``mask`` is False.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> D = pairwise_sq_distances(jnp.array([[0.0], [1.0], [3.0]]))
+        >>> krum_scores(D, jnp.ones(3, bool), num_neighbours=1).tolist()
+        [1.0, 1.0, 4.0]
+    """
+    others = mask[:, None] & mask[None, :] & ~jnp.eye(len(mask), dtype=bool)
+    nearest = sort_clients(jnp.where(others, distances, jnp.inf))
+    counted = (jnp.arange(len(mask)) < num_neighbours)[:, None] & jnp.isfinite(nearest)
+    return jnp.where(mask, jnp.where(counted, nearest, 0.0).sum(axis=0), jnp.inf)
+
+
+def lowest(scores: Array, count: Array | int) -> Array:
+    """``bool [n]``: the ``count`` lowest finite scores, ties to the lowest index.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> lowest(jnp.array([2.0, 1.0, 1.0, jnp.inf]), 1).tolist()
+        [False, True, False, False]
+    """
+    index = jnp.arange(len(scores))
+    mine, theirs = scores[:, None], scores[None, :]
+    ahead = (theirs < mine) | ((theirs == mine) & (index[None, :] < index[:, None]))
+    return (ahead.sum(axis=1) < count) & jnp.isfinite(scores)
+
+
+def krum_order(
+    distances: Array,
+    mask: Array,
+    num_steps: Array | int,
+    num_neighbours: Callable[[Array], Array],
+) -> Array:
+    """Picks the client of lowest Krum score, takes it out, scores the rest again.
+
+    Args:
+        distances: ``[n, n]``, symmetric and finite.
+        mask: ``bool [n]``, who takes part.
+        num_steps: clients to pick, an integer that may be traced; at most as many as
+            take part.
+        num_neighbours: from the number of clients left to the neighbours summed.
+
+    Returns:
+        ``int32 [n]``: the step in which each client was picked, n if it never was.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> D = pairwise_sq_distances(jnp.array([[0.0], [1.0], [3.0], [9.0]]))
+        >>> krum_order(D, jnp.ones(4, bool), 2, lambda left: left - 2).tolist()
+        [1, 0, 4, 4]
+    """
+    never = len(mask)
+
+    def pick(step: Array, picked: Array) -> Array:
+        left = mask & (picked == never)
+        scores = krum_scores(distances, left, num_neighbours(left.sum()))
+        return picked.at[jnp.argmin(scores)].set(step)
+
+    picked = jnp.full(never, never, jnp.int32)
+    num_steps = jnp.minimum(num_steps, mask.sum()).astype(jnp.int32)
+    return jax.lax.fori_loop(jnp.int32(0), num_steps, pick, picked)

@@ -1,0 +1,147 @@
+"""What the engine knows of a model, and how a user's flax module becomes one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fedjax_sim.models.layers import to_float
+from fedjax_sim.types import Array, Params
+
+_WHY = (
+    "clients train on parameters only, and every update is one vector of parameters: "
+)
+_NO_BATCH_NORM = (
+    "{where} holds BatchNorm, which is refused: " + _WHY + "running statistics are "
+    "not parameters and would dominate the cosine rules. Use GroupNorm or LayerNorm."
+)
+_NO_DROPOUT = (
+    "{where} holds Dropout, which is refused: " + _WHY + "a forward pass has no random "
+    "key of its own. Remove the layer."
+)
+
+
+def softmax_cross_entropy(outputs: Array, targets: Array) -> Array:
+    """``-log softmax(outputs)[target]`` per example: ``[b, L], int [b] -> [b]``."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+
+
+class Model(NamedTuple):
+    """A model as three pure functions over a parameter pytree.
+
+    Attributes:
+        init: ``(key) -> params``.
+        apply: ``(params, inputs [b, ...]) -> outputs [b, L]``; ``uint8`` images arrive
+            as they are stored.
+        loss: ``(outputs [b, L], targets [b]) -> [b]``, per example.
+
+    Example:
+        >>> from fedjax_sim.models import mlp
+        >>> model = mlp(input_shape=(8, 8, 1), num_classes=10)
+        >>> params = model.init(jax.random.key(0))
+        >>> model.apply(params, jnp.zeros((5, 8, 8, 1), jnp.uint8)).shape
+        (5, 10)
+    """
+
+    init: Callable[[Array], Params]
+    apply: Callable[[Params, Array], Array]
+    loss: Callable[[Array, Array], Array] = softmax_cross_entropy
+
+    @staticmethod
+    def from_linen(
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        loss: Callable[[Array, Array], Array] = softmax_cross_entropy,
+    ) -> "Model":
+        """A ``flax.linen`` module whose call takes a float batch and nothing else.
+
+        Args:
+            module: the module; ``uint8`` inputs reach it as float32 in [0, 1].
+            input_shape: shape of one input, without the batch axis.
+            loss: per-example loss.
+
+        Raises:
+            ValueError: the module holds BatchNorm, Dropout, or any variable collection
+                besides ``params``.
+
+        Example:
+            >>> import flax.linen as nn
+            >>> model = Model.from_linen(nn.Dense(3), input_shape=(4,))
+            >>> model.init(jax.random.key(0))["kernel"].shape
+            (4, 3)
+        """
+        where = f"linen module {type(module).__name__}"
+
+        def refuse(next_call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+            if isinstance(context.module, nn.BatchNorm):
+                raise ValueError(_NO_BATCH_NORM.format(where=where))
+            if isinstance(context.module, nn.Dropout):
+                raise ValueError(_NO_DROPOUT.format(where=where))
+            return next_call(*args, **kwargs)
+
+        def variables(key: Array) -> dict[str, Any]:
+            return module.init(key, jnp.zeros((1, *input_shape), jnp.float32))
+
+        with nn.intercept_methods(refuse):
+            collections = set(jax.eval_shape(variables, jax.random.key(0)))
+        if collections != {"params"}:
+            raise ValueError(
+                f"{where} has the variable collections {sorted(collections)}; expected "
+                f"only 'params': {_WHY}anything else would be lost between rounds."
+            )
+
+        return Model(
+            init=lambda key: variables(key)["params"],
+            apply=lambda params, x: module.apply({"params": params}, to_float(x)),
+            loss=loss,
+        )
+
+    @staticmethod
+    def from_nnx(
+        build: Callable[[nnx.Rngs], nnx.Module],
+        loss: Callable[[Array, Array], Array] = softmax_cross_entropy,
+    ) -> "Model":
+        """A ``flax.nnx`` module, given by the function that builds it from ``Rngs``.
+
+        Args:
+            build: such as ``lambda rngs: nnx.Linear(4, 3, rngs=rngs)``; its call takes a
+                float batch (``uint8`` inputs reach it as float32 in [0, 1]).
+            loss: per-example loss.
+
+        Raises:
+            ValueError: the module holds BatchNorm, Dropout, or any state besides
+                ``nnx.Param``.
+
+        Example:
+            >>> model = Model.from_nnx(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+            >>> model.init(jax.random.key(0))["kernel"].shape
+            (4, 3)
+        """
+        module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        where = f"nnx module {type(module).__name__}"
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, nnx.BatchNorm):
+                raise ValueError(_NO_BATCH_NORM.format(where=where))
+            if isinstance(part, nnx.Dropout):
+                raise ValueError(_NO_DROPOUT.format(where=where))
+        graph, shapes, rest = nnx.split(module, nnx.Param, ...)
+        if jax.tree.leaves(rest):
+            kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(rest)})
+            raise ValueError(
+                f"{where} holds state besides nnx.Param ({', '.join(kinds)}): "
+                f"{_WHY}anything else would be lost between rounds."
+            )
+
+        def init(key: Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
+
+        def apply(params: Params, inputs: Array) -> Array:
+            state = nnx.State(shapes)
+            nnx.replace_by_pure_dict(state, params)
+            return nnx.merge(graph, state)(to_float(inputs))
+
+        return Model(init, apply, loss)

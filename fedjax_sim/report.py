@@ -1,0 +1,380 @@
+"""Tables and plots from histories.
+
+A history is what ``Simulation.run`` returns: arrays with a leading round axis, or, with
+several seeds, with a leading seed axis before it. Every function takes a dictionary
+from the name of a system to its history. Read here: ``round`` (1-based), ``accuracy``
+(NaN where not evaluated), ``tpr``, ``fpr`` and ``num_flagged``.
+
+Figures are made without pyplot, so nothing is global, no display is needed and nothing
+has to be closed. A notebook shows them after ``%matplotlib inline``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import rich.table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+Histories = Mapping[str, Any]
+
+# Okabe and Ito's colour-blind-safe palette without its yellow, which is lost on white.
+# The cycles have different lengths, so systems stay distinct beyond any one of them;
+# in grey the marker and the line style tell them apart.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00"]
+MARKERS = ["o", "s", "^", "D", "v", "p", "<", ">"]
+LINES = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
+
+COLUMN = 3.5  # inches, one column of a two-column paper
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "pdf.fonttype": 42,  # publishers refuse the default, Type 3
+}
+
+
+class Table(NamedTuple):
+    """``header`` and ``rows`` of text; unpacks into ``markdown_table(*table)``."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def accuracy_plot(
+    histories: Histories,
+    path: str | Path | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Test accuracy against communication rounds, one line per system.
+
+    Only evaluated rounds are drawn. With several seeds the line is their mean and the
+    band reaches from the lowest to the highest seed.
+
+    Args:
+        histories: system name to history.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the axes.
+
+    Returns:
+        The figure, one paper column wide, 200 dpi.
+
+    Raises:
+        ValueError: no history, or one without rounds or without any evaluation.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(
+        ...     round=[1, 2, 3], accuracy=[0.2, float("nan"), 0.6])
+        >>> figure = accuracy_plot({"median": history})
+        >>> figure.axes[0].lines[0].get_xdata().tolist()
+        [1, 3]
+    """
+    _check_any(histories)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 2.4), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        for index, (name, history) in enumerate(histories.items()):
+            rounds, accuracy = _evaluated(name, history)
+            _draw(axes, index, name, rounds, accuracy)
+        _label_rounds(axes)
+        axes.set_ylabel("test accuracy")
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+        _finish(figure, axes, title)
+        return _save(figure, path)
+
+
+def detection_plot(
+    histories: Histories,
+    path: str | Path | None = None,
+    title: str | None = None,
+    window: int = 10,
+) -> Figure:
+    """Detection and false alarm rates against rounds, for systems that reject clients.
+
+    The counts of a single round are small, so each point is the mean over the last
+    ``window`` rounds, without those in which the rate is undefined. Systems that never
+    flag a client are left out. With several seeds the line is their mean and the band
+    reaches from the lowest to the highest seed.
+
+    Args:
+        histories: system name to history.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the axes.
+        window: rounds of the running mean, at least 1; 1 shows the rates as they are.
+
+    Returns:
+        The figure: true positive rate above, false positive rate below.
+
+    Raises:
+        ValueError: no history, one without rounds, none that flags anything, or
+            ``window < 1``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(
+        ...     round=[1, 2], tpr=[0.0, 1.0], fpr=[0.5, 0.0], num_flagged=[1, 1])
+        >>> figure = detection_plot({"krum": history}, window=2)
+        >>> figure.axes[0].lines[0].get_ydata().tolist()
+        [0.0, 0.5]
+    """
+    _check_any(histories)
+    if window < 1:
+        raise ValueError(f"detection_plot needs window >= 1; got window={window}.")
+    flagging = {
+        # The index comes from all systems, so that each looks as in accuracy_plot.
+        name: (index, history)
+        for index, (name, history) in enumerate(histories.items())
+        if _series(name, history, "num_flagged")[1].sum() > 0
+    }
+    if not flagging:
+        raise ValueError(
+            f"detection_plot found no system that flagged a client among "
+            f"{', '.join(histories)}. Leave the plot out: their rates are all zero."
+        )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(COLUMN, 3.6), dpi=200, layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True)
+        for axes, field in ((upper, "tpr"), (lower, "fpr")):
+            for name, (index, history) in flagging.items():
+                rounds, rate = _series(name, history, field)
+                _draw(axes, index, name, rounds, _running_mean(rate, window))
+            axes.set_ylim(-0.03, 1.03)
+        upper.set_ylabel("true positive rate")
+        lower.set_ylabel("false positive rate")
+        _label_rounds(lower)
+        if window > 1:
+            lower.set_xlabel(f"communication round (running mean of {window})")
+        _finish(figure, upper, title)
+        return _save(figure, path)
+
+
+def table(
+    histories: Histories,
+    rounds: Sequence[int] = (20, 40, 60, 80, 100),
+    tail: int = 5,
+    digits: int = 4,
+) -> Table:
+    """Test accuracy at fixed rounds, at the end, and averaged over the end.
+
+    With several seeds every cell is the mean and, after ``±``, the standard deviation
+    over the seeds (ddof 1).
+
+    Args:
+        histories: system name to history.
+        rounds: rounds to show; ``-`` where a system was not evaluated in exactly that
+            round.
+        tail: number of last evaluations in the mean of the last column; ``-`` where
+            there are fewer.
+        digits: decimals.
+
+    Returns:
+        A ``Table`` of text. The best round of a run is not among the columns: choosing
+        it by test accuracy flatters.
+
+    Raises:
+        ValueError: no history, one without rounds or without any evaluation, or
+            ``tail < 1``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(
+        ...     round=[1, 2, 3], accuracy=[0.2, float("nan"), 0.6])
+        >>> header, rows = table({"median": history}, rounds=(1, 2), tail=2, digits=2)
+        >>> header
+        ('system', 'round 1', 'round 2', 'final (round 3)', 'mean of last 2')
+        >>> rows
+        [('median', '0.20', '-', '0.60', '0.40')]
+    """
+    _check_any(histories)
+    if tail < 1:
+        raise ValueError(f"table needs tail >= 1; got tail={tail}.")
+    evaluated = {name: _evaluated(name, h) for name, h in histories.items()}
+    last = {int(at[-1]) for at, _ in evaluated.values()}
+    same_end = len(last) == 1
+
+    cell = partial(_mean_and_spread, digits=digits)
+
+    rows = []
+    for name, (at, accuracy) in evaluated.items():
+        shown = [
+            cell(accuracy[:, at == wanted][:, 0]) if wanted in at else "-"
+            for wanted in rounds
+        ]
+        final = cell(accuracy[:, -1]) + ("" if same_end else f" (round {at[-1]})")
+        enough = accuracy.shape[1] >= tail
+        tail_mean = cell(accuracy[:, -tail:].mean(axis=1)) if enough else "-"
+        rows.append((name, *shown, final, tail_mean))
+
+    header = (
+        "system",
+        *(f"round {wanted}" for wanted in rounds),
+        f"final (round {last.pop()})" if same_end else "final",
+        f"mean of last {tail}",
+    )
+    return Table(header, rows)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A GitHub table: the first column to the left, the others to the right.
+
+    Example:
+        >>> print(markdown_table(("system", "final"), [("median", 0.95)]))
+        | system | final |
+        |:---|---:|
+        | median | 0.95 |
+    """
+    alignment = [":---", *["---:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(_escape(cell) for cell in header) + " |"]
+    lines.append("|" + "|".join(alignment) + "|")
+    for row in rows:
+        lines.append("| " + " | ".join(_escape(cell) for cell in row) + " |")
+    return "\n".join(lines)
+
+
+def rich_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    title: str | None = None,
+) -> rich.table.Table:
+    """A table for the terminal: ``rich.print(rich_table(*table(histories)))``.
+
+    Example:
+        >>> rich_table(("system", "final"), [("median", 0.95)]).row_count
+        1
+    """
+    result = rich.table.Table(title=title)
+    for index, name in enumerate(header):
+        result.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def _check_any(histories: Histories) -> None:
+    if not histories:
+        raise ValueError(
+            "a report needs at least one history; got none. Pass {name: history}."
+        )
+
+
+def _series(name: str, history: Any, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """``(rounds [R], values float [seeds, R])`` of one field."""
+    rounds = np.atleast_2d(np.asarray(history.round))
+    values = np.atleast_2d(np.asarray(getattr(history, field), dtype=float))
+    if values.size == 0:
+        raise ValueError(
+            f"the history of {name!r} holds no round. Run at least one round."
+        )
+    if values.ndim != 2 or rounds.shape[-1] != values.shape[-1]:
+        raise ValueError(
+            f"the history of {name!r} needs round and {field} of shape [rounds] or "
+            f"[seeds, rounds]; got {np.shape(history.round)} and "
+            f"{np.shape(getattr(history, field))}."
+        )
+    return rounds[0], values
+
+
+def _evaluated(name: str, history: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The rounds evaluated and their accuracies ``[seeds, evaluations]``."""
+    rounds, accuracy = _series(name, history, "accuracy")
+    done = ~np.isnan(accuracy).any(axis=0)
+    if not done.any():
+        raise ValueError(
+            f"the history of {name!r} holds no evaluation: its accuracy is NaN in all "
+            f"{len(rounds)} rounds. Lower eval_every to {len(rounds)} or less."
+        )
+    return rounds[done], accuracy[:, done]
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the defined values in the last ``window`` rounds, ``[seeds, R]``."""
+    padded = np.pad(values, ((0, 0), (window - 1, 0)), constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)
+    return _mean_defined(windows, axis=-1)
+
+
+def _mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of the values that are not NaN; NaN where there is none."""
+    defined = ~np.isnan(values)
+    count = defined.sum(axis)
+    total = np.where(defined, values, 0.0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _mean_and_spread(per_seed: np.ndarray, digits: int) -> str:
+    mean = f"{per_seed.mean():.{digits}f}"
+    if len(per_seed) == 1:
+        return mean
+    return f"{mean} ± {per_seed.std(ddof=1):.{digits}f}"
+
+
+def _draw(
+    axes: Axes, index: int, name: str, rounds: np.ndarray, values: np.ndarray
+) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    spacing = max(1, len(rounds) // 8)
+    axes.plot(
+        rounds,
+        _mean_defined(values, axis=0),
+        label=name,
+        color=colour,
+        linestyle=LINES[index % len(LINES)],
+        marker=MARKERS[index % len(MARKERS)],
+        # Staggered, so that the markers of lines that coincide stay visible.
+        markevery=(index * spacing // 3 % spacing, spacing),
+        markerfacecolor="white",
+        markeredgewidth=0.9,
+    )
+    if len(values) > 1:
+        # fmin and fmax pass over NaN.
+        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _label_rounds(axes: Axes) -> None:
+    axes.set_xlabel("communication round")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def _finish(figure: Figure, axes: Axes, title: str | None) -> None:
+    """Title above, and a legend below the axes, where it hides no line."""
+    if title is not None:
+        axes.set_title(title)
+    handles, names = axes.get_legend_handles_labels()
+    longest = max(len(name) for name in names)
+    columns = min(1 if longest > 26 else 2 if longest > 13 else 3, len(names))
+    legend_rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.16 * legend_rows)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def _save(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _escape(cell: object) -> str:
+    return str(cell).replace("|", "\\|")

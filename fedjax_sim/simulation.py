@@ -1,0 +1,507 @@
+"""A simulation: everything a run is made of, bound together and validated."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_sim import rounds
+from fedjax_sim.models import Model
+from fedjax_sim.rounds import Arrays, History, RoundState
+from fedjax_sim.types import (
+    Aggregator,
+    Array,
+    Clients,
+    ClientUpdate,
+    DataAttack,
+    Examples,
+    UpdateAttack,
+)
+
+# What the systems of a comparison must have in common, because their clients are
+# trained together.
+SHARED = ("clients", "model", "client_update", "test", "cohort_size", "client_chunk")
+# Above this many parameters clients are trained one by one on CPU.
+CACHE_PARAMS = 50_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Simulation:
+    """One federated system under study.
+
+    Each round: draw the cohort, train its clients from the server's parameters, let
+    Byzantine clients lie, aggregate, apply the server optimizer. Who is Byzantine is
+    drawn once from the run's key and persists; aggregators are never told.
+
+    Args:
+        model: the network; only its three functions are used.
+        clients: the clients' data, from ``fs.data.federate``.
+        client_update: local training, such as ``fs.local_sgd``.
+        aggregator: the server's rule.
+        test: held-out samples for evaluation; None to never evaluate.
+        root: the server's own clean samples, for rules that need a root update.
+        root_steps: local steps of the root update. Default: as many as a client takes on
+            average, because the norm of the root update grows with them and FLTrust
+            scales everybody to it.
+        attack: what Byzantine clients do to their updates.
+        data_attack: what they do to their data; both may be given.
+        num_byzantine: how many of the N clients really are Byzantine (a rule's assumed
+            number is its own argument).
+        cohort_size: clients sampled, without replacement, each round. Default: all.
+        server_optimizer: optax transformation fed with minus the aggregate. The default
+            adds the aggregate as it is.
+        client_chunk: at most this many clients are trained side by side, the rest one
+            chunk after the other: a knob of speed and memory that does not change what
+            is computed. Default: measured per backend, see ``default_client_chunk``.
+
+    Raises:
+        ValueError, TypeError: a setting that cannot work, before any training.
+
+    Example:
+        >>> import fedjax_sim as fs, jax, optax
+        >>> data = fs.data.load("digits")
+        >>> clients, root = fs.data.federate(data, num_clients=20, partition=fs.data.iid())
+        >>> sim = Simulation(
+        ...     model=fs.models.mlp((8, 8, 1), hidden=()), clients=clients, root=root,
+        ...     test=data.test, aggregator=fs.aggregators.fltrust(),
+        ...     client_update=fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=10),
+        ...     attack=fs.attacks.sign_flip(), num_byzantine=4)
+        >>> state, history = sim.run(jax.random.key(0), num_rounds=4, eval_every=2)
+        >>> history.round.tolist(), history.num_byzantine.tolist()
+        ([1, 2, 3, 4], [4, 4, 4, 4])
+    """
+
+    model: Model
+    clients: Clients
+    client_update: ClientUpdate
+    aggregator: Aggregator
+    test: Examples | None = None
+    root: Examples | None = None
+    root_steps: int | None = None
+    attack: UpdateAttack | None = None
+    data_attack: DataAttack | None = None
+    num_byzantine: int = 0
+    cohort_size: int | None = None
+    server_optimizer: optax.GradientTransformation = optax.sgd(1.0)
+    client_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        sizes = np.asarray(self.clients.sizes())
+        total = len(sizes)
+        cohort = total if self.cohort_size is None else self.cohort_size
+        if not 1 <= cohort <= total:
+            raise ValueError(
+                f"cohort_size must be from 1 to the number of clients ({total}); got "
+                f"{cohort}."
+            )
+        object.__setattr__(self, "cohort_size", cohort)
+        if sizes.min() < 1:
+            empty = np.flatnonzero(sizes == 0)
+            raise ValueError(
+                f"{len(empty)} of {total} clients have no samples (the first is client "
+                f"{empty[0]}): they cannot train. Use fewer clients or a partition with "
+                "min_size."
+            )
+        self.client_update.validate(sizes)
+        self.aggregator.validate(cohort)
+        self._check_attackers(total, cohort)
+        self._check_root(sizes)
+        if self.client_chunk is None:
+            object.__setattr__(self, "client_chunk", default_client_chunk(self.model))
+        if self.client_chunk < 1:
+            raise ValueError(f"client_chunk must be >= 1; got {self.client_chunk}.")
+
+    def _check_attackers(self, total: int, cohort: int) -> None:
+        if not 0 <= self.num_byzantine < total:
+            raise ValueError(
+                f"num_byzantine must be from 0 to {total - 1} for {total} clients, so "
+                f"that somebody is honest; got {self.num_byzantine}."
+            )
+        if self.num_byzantine and self.attack is None and self.data_attack is None:
+            raise ValueError(
+                f"num_byzantine={self.num_byzantine}, but there is no attack: Byzantine "
+                "clients would be honest. Give attack= or data_attack=, or drop "
+                "num_byzantine."
+            )
+        if self.attack is not None:
+            expected = round(cohort * self.num_byzantine / total)
+            self.attack.validate(cohort, expected)
+        if self.data_attack is not None:
+            self.data_attack.validate(self._num_classes())
+
+    def _check_root(self, sizes: np.ndarray) -> None:
+        if "root_update" in self.needs and self.root is None:
+            raise ValueError(
+                f"{self.aggregator.name} needs a root dataset; got root=None. Pass "
+                "root=, from fs.data.federate(..., root_size=100)."
+            )
+        if self.root_steps is not None and self.root_steps < 1:
+            raise ValueError(f"root_steps must be >= 1; got {self.root_steps}.")
+        if self.root is None:
+            if self.root_steps is not None:
+                raise ValueError(
+                    f"root_steps={self.root_steps}, but there is no root dataset. Pass "
+                    "root=, or drop root_steps."
+                )
+            return
+        if self.root_steps is None:
+            steps = round(float(np.mean(self.client_update.num_steps(sizes))))
+            object.__setattr__(self, "root_steps", steps)
+        try:
+            self.client_update.validate(np.array([len(self.root.targets)]))
+        except ValueError as error:
+            raise ValueError(f"the root dataset cannot be trained on: {error}") from None
+
+    def _num_classes(self) -> int:
+        shape = jax.eval_shape(
+            lambda x: self.model.apply(self.model.init(jax.random.key(0)), x),
+            self.clients.inputs[:1],
+        ).shape
+        return int(shape[-1])
+
+    @property
+    def num_clients(self) -> int:
+        return self.clients.num_clients
+
+    @property
+    def needs(self) -> frozenset[str]:
+        attack = self.attack.needs if self.attack is not None else frozenset()
+        return self.aggregator.needs | attack
+
+    @functools.cached_property
+    def padded(self) -> bool:
+        """Whether clients differ in size, so that some rows are padding."""
+        return not np.asarray(self.clients.mask).all()
+
+    @functools.cached_property
+    def alone(self) -> "Comparison":
+        """This simulation as a comparison of one."""
+        return Comparison({self.aggregator.name: self})
+
+    def init(self, key: Array) -> RoundState:
+        """The state before round 0. The same key gives every system the same start.
+
+        Args:
+            key: a typed PRNG key, from ``jax.random.key``; ``[s]`` keys for s seeds.
+        """
+        return self.alone.init(key)[self.aggregator.name]
+
+    def fork(self, state: RoundState) -> RoundState:
+        """The state in which this system takes over where another one stands.
+
+        Parameters, key and round go on; the attackers are drawn from the key, and what
+        belonged to the other rule, attack, optimizer and clients starts afresh.
+        """
+
+        def one(params: Params, key: Array, round: Array) -> RoundState:
+            return rounds.fresh_state(self, params, key, round)
+
+        one = jax.vmap(one) if state.key.ndim else one
+        return jax.jit(one)(state.params, state.key, state.round)
+
+    def step(self, state: RoundState) -> tuple[RoundState, History]:
+        """One round, evaluated; jit-compiled."""
+        states, histories = self.alone.step({self.aggregator.name: state})
+        return states[self.aggregator.name], histories[self.aggregator.name]
+
+    def run(
+        self,
+        key: Array | None = None,
+        *,
+        num_rounds: int,
+        eval_every: int = 1,
+        state: RoundState | None = None,
+    ) -> tuple[RoundState, History]:
+        """Runs ``num_rounds`` rounds as one compiled scan.
+
+        Args:
+            key: starts a new run; ``[s]`` keys run s seeds side by side.
+            num_rounds: how many rounds.
+            eval_every: evaluate on the test set after every this many rounds, and after
+                the last.
+            state: goes on from here instead of starting anew. Give this or ``key``.
+
+        Returns:
+            The final state, and the history with a leading round axis (after the seed
+            axis, if any), as NumPy arrays.
+
+        Raises:
+            ValueError: not exactly one of ``key`` and ``state``; a count below 1; a
+                state of another system (see ``fork``).
+        """
+        name = self.aggregator.name
+        states, histories = self.alone.run(
+            key,
+            num_rounds=num_rounds,
+            eval_every=eval_every,
+            states=None if state is None else {name: state},
+        )
+        return states[name], histories[name]
+
+
+def default_client_chunk(model: Model) -> int:
+    """Clients trained side by side where the user does not say.
+
+    On CPU parameters and activations of one client should stay in cache, so clients
+    with a large model are trained one after the other, and small ones side by side to
+    share the cost of starting an operation. On GPU: all of them.
+    """
+    if jax.default_backend() != "cpu":
+        return 2**31 - 1
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return 1 if size > CACHE_PARAMS else 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Several systems in one compiled program; see ``compare``.
+
+    States and histories are dictionaries by system name.
+    """
+
+    systems: Mapping[str, Simulation]
+
+    def __post_init__(self) -> None:
+        if not self.systems:
+            raise ValueError("compare needs at least one simulation; got none.")
+        first_name, first = next(iter(self.systems.items()))
+        for name, sim in self.systems.items():
+            for field in SHARED:
+                if getattr(sim, field) is not getattr(first, field):
+                    raise ValueError(
+                        f"compare trains the clients of all systems together, so they "
+                        f"must share {', '.join(SHARED)}; {name!r} and {first_name!r} "
+                        f"differ in {field}. Pass the same object, or run them apart."
+                    )
+        roots = {
+            (id(s.root), s.root_steps)
+            for s in self.systems.values()
+            if "root_update" in s.needs
+        }
+        if len(roots) > 1:
+            raise ValueError(
+                "systems that need a root dataset must share root and root_steps within "
+                "one comparison. Pass the same ones, or run them apart."
+            )
+
+    @functools.cached_property
+    def _arrays(self) -> Arrays:
+        first = next(iter(self.systems.values()))
+        roots = [s.root for s in self.systems.values() if "root_update" in s.needs]
+        root = None
+        if roots:
+            count = len(roots[0].targets)
+            root = Clients(
+                jnp.asarray(roots[0].inputs),
+                jnp.asarray(roots[0].targets, jnp.int32),
+                jnp.arange(count, dtype=jnp.int32)[None],
+                jnp.ones((1, count), bool),
+            )
+        test = first.test
+        if test is not None:
+            test = Examples(
+                jnp.asarray(test.inputs), jnp.asarray(test.targets, jnp.int32)
+            )
+        return Arrays(first.clients, root, test)
+
+    @functools.cached_property
+    def _init(self) -> "jax.stages.Wrapped":
+        def init(key: Array) -> dict[str, RoundState]:
+            return {n: rounds.initial_state(s, key) for n, s in self.systems.items()}
+
+        return jax.jit(lambda key: (jax.vmap(init) if key.ndim else init)(key))
+
+    @functools.cached_property
+    def _scan(self) -> "jax.stages.Wrapped":
+        """``(states, arrays, start, last, num_rounds, eval_every) -> (states, history)``.
+
+        ``start`` and ``last`` are the first round and the run's end: arguments, so that
+        segments of the same length share one program. They are not batched over seeds,
+        which keeps the evaluation a real branch.
+        """
+
+        def scan(
+            states: dict[str, RoundState],
+            arrays: Arrays,
+            start: Array,
+            last: Array,
+            num_rounds: int,
+            eval_every: int,
+        ) -> tuple[dict[str, RoundState], dict[str, History]]:
+            def body(states: dict, index: Array) -> tuple[dict, dict]:
+                done = index + 1
+                evaluate_now = (done % eval_every == 0) | (done == last)
+                return rounds.play_round(self.systems, states, arrays, evaluate_now)
+
+            def one(states: dict) -> tuple[dict, dict]:
+                return jax.lax.scan(body, states, start + jnp.arange(num_rounds))
+
+            seeds = next(iter(states.values())).key.ndim
+            return (jax.vmap(one) if seeds else one)(states)
+
+        return jax.jit(scan, static_argnums=(4, 5))
+
+    def init(self, key: Array) -> dict[str, RoundState]:
+        """Every system's state before round 0, from the same key (``[s]``: s seeds)."""
+        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise TypeError(
+                "expected a typed PRNG key; got "
+                f"{type(key).__name__}. Use jax.random.key(seed)."
+            )
+        return self._init(key)
+
+    def lower(
+        self,
+        states: dict[str, RoundState],
+        num_rounds: int,
+        eval_every: int,
+    ) -> "jax.stages.Lowered":
+        """The program of ``run``, lowered: ``.compile()`` it, or read its text."""
+        zero = jnp.zeros((), jnp.int32)
+        return self._scan.lower(
+            states, self._arrays, zero, zero, num_rounds, eval_every
+        )
+
+    def step(
+        self, states: dict[str, RoundState]
+    ) -> tuple[dict[str, RoundState], dict[str, History]]:
+        """One round of every system, evaluated."""
+        seeds = next(iter(states.values())).key.ndim
+        states, histories = self.run(num_rounds=1, states=states)
+        return states, jax.tree.map(lambda x: np.take(x, 0, axis=seeds), histories)
+
+    def run(
+        self,
+        key: Array | None = None,
+        *,
+        num_rounds: int,
+        eval_every: int = 1,
+        states: Mapping[str, RoundState] | None = None,
+        last: int | None = None,
+    ) -> tuple[dict[str, RoundState], dict[str, History]]:
+        """Runs every system for ``num_rounds`` rounds in one compiled scan.
+
+        Args:
+            key: starts a new run; ``[s]`` keys run s seeds side by side.
+            num_rounds: how many rounds.
+            eval_every: evaluate after every this many rounds, counted from the run's
+                start, and after round ``last``.
+            states: go on from here instead of starting anew. Give this or ``key``.
+            last: the run's last round where this call is only a segment of it; by
+                default this call's last.
+
+        Returns:
+            States, and histories of NumPy arrays with a leading round axis (after the
+            seed axis, if any).
+        """
+        for field, value in (("num_rounds", num_rounds), ("eval_every", eval_every)):
+            if value < 1:
+                raise ValueError(f"{field} must be >= 1; got {value}.")
+        if (key is None) == (states is None):
+            raise ValueError("run needs exactly one of key= and a state to go on from.")
+        if states is None:
+            states = self.init(key)
+        self._check_states(states)
+        start = int(np.ravel(next(iter(states.values())).round)[0])
+        last = start + num_rounds if last is None else last
+        states, histories = self._scan(
+            dict(states),
+            self._arrays,
+            jnp.int32(start),
+            jnp.int32(last),
+            num_rounds,
+            eval_every,
+        )
+        # jit returns dictionaries sorted by key; give back the user's order.
+        names = list(self.systems)
+        return {n: states[n] for n in names}, jax.device_get(
+            {n: histories[n] for n in names}
+        )
+
+    def _check_states(self, states: Mapping[str, RoundState]) -> None:
+        if set(states) != set(self.systems):
+            raise ValueError(
+                f"states are of {sorted(states)}, but the systems are "
+                f"{sorted(self.systems)}."
+            )
+        expected = jax.eval_shape(self._init, next(iter(states.values())).key)
+        for name, state in states.items():
+            want, got = (
+                jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+                for tree in (expected[name], state)
+            )
+            if want != got:
+                raise ValueError(
+                    f"the state given for {name!r} is not one of this system: its "
+                    "arrays differ in structure, shape or type. To take over from "
+                    "another system, pass simulation.fork(state)."
+                )
+
+
+def compare(simulations: Mapping[str, Simulation]) -> Comparison:
+    """Several systems side by side in one compiled program.
+
+    With the same key they see the same initial parameters, attackers, cohorts and
+    minibatches, so a difference between them is due to attack and defense alone. Their
+    clients are trained as rows of one map. With several seeds, seeds vary everything
+    but the partition.
+
+    Args:
+        simulations: by name. They must be built from the same ``clients``, ``model``,
+            ``client_update`` and ``test`` objects and the same cohort size.
+
+    Raises:
+        ValueError: no simulation, or one that differs in what must be shared.
+
+    Example:
+        >>> import fedjax_sim as fs, jax, optax
+        >>> data = fs.data.load("digits")
+        >>> clients, _ = fs.data.federate(data, num_clients=20, partition=fs.data.iid())
+        >>> shared = dict(
+        ...     model=fs.models.mlp((8, 8, 1), hidden=()), clients=clients,
+        ...     test=data.test,
+        ...     client_update=fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=10))
+        >>> fedavg = fs.aggregators.fedavg()
+        >>> both = compare({
+        ...     "clean": Simulation(aggregator=fedavg, **shared),
+        ...     "attacked": Simulation(aggregator=fedavg, attack=fs.attacks.sign_flip(),
+        ...                            num_byzantine=8, **shared)})
+        >>> _, history = both.run(jax.random.key(0), num_rounds=10, eval_every=10)
+        >>> bool(history["clean"].accuracy[-1] > history["attacked"].accuracy[-1])
+        True
+    """
+    return Comparison(dict(simulations))
+
+
+def _check_types(sim: Simulation) -> None:
+    """Catches a value handed to the wrong argument, which NamedTuples would let pass."""
+    expected = {
+        "model": Model,
+        "clients": Clients,
+        "client_update": ClientUpdate,
+        "aggregator": Aggregator,
+        "test": Examples,
+        "root": Examples,
+        "attack": UpdateAttack,
+        "data_attack": DataAttack,
+    }
+    optional = {"test", "root", "attack", "data_attack"}
+    for field, kind in expected.items():
+        value = getattr(sim, field)
+        if isinstance(value, kind) or (value is None and field in optional):
+            continue
+        hint = ""
+        if isinstance(value, DataAttack | UpdateAttack):
+            right = "data_attack" if isinstance(value, DataAttack) else "attack"
+            hint = f" Pass it as {right}=."
+        elif callable(value):
+            hint = " Did you forget to call the factory, as in median()?"
+        raise TypeError(
+            f"{field} must be a {kind.__name__}; got {type(value).__name__}.{hint}"
+        )
