@@ -9,6 +9,7 @@ from fedjax_sim.order import sort_clients
 from fedjax_sim.types import Array
 
 
+@jax.jit
 def pairwise_sq_distances(U: Array, mask: Array | None = None) -> Array:
     """Squared Euclidean distances between the rows of ``U``, by their Gram matrix.
 
@@ -43,6 +44,7 @@ def pairwise_sq_distances(U: Array, mask: Array | None = None) -> Array:
     return jnp.where(jnp.eye(len(U), dtype=bool), 0.0, (D + D.T) / 2)
 
 
+@jax.jit
 def krum_scores(distances: Array, mask: Array, num_neighbours: Array | int) -> Array:
     """Krum's score: the sum of a client's distances to its nearest neighbours.
 

@@ -19,6 +19,7 @@ _CPU_BLOCK = 1024
 _EVEN = {"midpoint": 2, "lower": 1}
 
 
+@jax.jit
 def sort_clients(U: Array) -> Array:
     """Every column of ``U [n, d]`` in ascending order.
 
@@ -42,6 +43,7 @@ def sort_clients(U: Array) -> Array:
     return _map_columns(lambda block, _: (_sort_rows(block), ()), U)[0]
 
 
+@jax.jit
 def mean_of_ranks(
     U: Array, mask: Array, first: Array | int, last: Array | int
 ) -> tuple[Array, Array]:
@@ -85,15 +87,14 @@ def mean_of_ranks(
         def tied(value: Array) -> Array:
             """The part of the ties at ``value`` that is kept, between 0 and 1."""
             ties = ordered == value
-            num_tied = (ties & ranked[:, None]).sum(axis=0)
-            return (ties & kept[:, None]).sum(axis=0) / jnp.maximum(num_tied, 1)
+            num_tied = (ties & ranked[:, None]).sum(axis=0, keepdims=True)
+            kept_ties = (ties & kept[:, None]).sum(axis=0, keepdims=True)
+            return kept_ties / jnp.maximum(num_tied, 1)
 
-        low, high = ordered[first], ordered[last]
-        at_low, at_high = tied(low), tied(high)
-        low, high, at_low, at_high = (x[None] for x in (low, high, at_low, at_high))
+        low, high = ordered[first][None], ordered[last][None]
         supplied = jnp.where((block > low) & (block < high), 1.0, 0.0)
-        supplied = jnp.where(block == high, at_high, supplied)
-        supplied = jnp.where(block == low, at_low, supplied)
+        supplied = jnp.where(block == high, tied(high), supplied)
+        supplied = jnp.where(block == low, tied(low), supplied)
         supplied = jnp.where(mask[:, None] & fresh[None], supplied, 0.0)
         return mean, supplied.sum(axis=1)
 

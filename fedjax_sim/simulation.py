@@ -345,7 +345,7 @@ class Comparison:
             seeds = next(iter(states.values())).key.ndim
             return (jax.vmap(one) if seeds else one)(states)
 
-        return jax.jit(scan, static_argnums=(4, 5))
+        return jax.jit(scan, static_argnames=("num_rounds", "eval_every"))
 
     def init(self, key: Array) -> dict[str, RoundState]:
         """Every system's state before round 0, from the same key (``[s]``: s seeds)."""
@@ -367,6 +367,14 @@ class Comparison:
         return self._scan.lower(
             states, self._arrays, zero, zero, num_rounds, eval_every
         )
+
+    def shapes(
+        self, states: dict[str, RoundState], num_rounds: int, eval_every: int
+    ) -> tuple[dict[str, RoundState], dict[str, History]]:
+        """What ``run`` returns, as ``jax.ShapeDtypeStruct``, without running it."""
+        zero = jnp.zeros((), jnp.int32)
+        scan = functools.partial(self._scan, num_rounds=num_rounds, eval_every=eval_every)
+        return jax.eval_shape(scan, states, self._arrays, zero, zero)
 
     def step(
         self, states: dict[str, RoundState]
@@ -418,10 +426,11 @@ class Comparison:
             num_rounds,
             eval_every,
         )
-        # jit returns dictionaries sorted by key; give back the user's order.
-        names = list(self.systems)
-        return {n: states[n] for n in names}, jax.device_get(
-            {n: histories[n] for n in names}
+        # jax sorts dictionaries by key; give back the user's order.
+        histories = jax.device_get(histories)
+        return (
+            {name: states[name] for name in self.systems},
+            {name: histories[name] for name in self.systems},
         )
 
     def _check_states(self, states: Mapping[str, RoundState]) -> None:

@@ -30,7 +30,7 @@ _RULES = {"one_shot": False, "iterative": True}
 def validate_krum(
     rule: str, cohort_size: int, max_byzantine: int, num_selected: int | None = None
 ) -> None:
-    """Raises ValueError unless ``n >= 2f + 3`` and ``m <= n``; warns of ``m > n - f``."""
+    """ValueError unless ``n >= 2f + 3`` and ``m <= n``; a warning if ``m > n - f``."""
     integer(rule, "cohort_size", cohort_size, 1)
     if cohort_size < 2 * max_byzantine + 3:
         most = (cohort_size - 3) // 2
@@ -50,8 +50,9 @@ def validate_krum(
         )
     if num_selected > cohort_size - max_byzantine:
         warnings.warn(
-            f"{rule} with num_selected={num_selected} > cohort_size - max_byzantine = "
-            f"{cohort_size - max_byzantine} lets a Byzantine client in by construction.",
+            f"{rule} with num_selected={num_selected} lets a Byzantine client in by "
+            f"construction: cohort_size={cohort_size} less max_byzantine="
+            f"{max_byzantine} leaves {cohort_size - max_byzantine}.",
             stacklevel=2,
         )
 

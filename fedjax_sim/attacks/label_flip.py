@@ -149,7 +149,8 @@ def label_flip(
         if pair is not None:
             eligible &= y == pair[0]
         chosen = _choose(key_choice, eligible, fraction)
-        return data._replace(targets=jnp.where(chosen, flip(key_label, y), y))
+        flipped = flip(key_label, y).astype(y.dtype)
+        return data._replace(targets=jnp.where(chosen, flipped, y))
 
     def validate(task_classes: int) -> None:
         if task_classes != num_classes:

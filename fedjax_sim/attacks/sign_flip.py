@@ -58,7 +58,7 @@ def sign_flip(scale: float = 1.0, space: str = "update") -> UpdateAttack:
         clients for robust federated learning", arXiv:2002.00211, 2020 (weights).
 
     Differs from the paper:
-        Li et al. negate the weights with s = 1; the scale in weight space is ours.
+        S. Li et al. negate the weights with s = 1; the scale in weight space is ours.
     """
     scale = finite_number("sign_flip", "scale", scale, above=0)
     lookup("space of sign_flip", space, SPACES)

@@ -61,27 +61,28 @@ def read(name: str, key: str) -> Dataset | None:
 
 
 def _write(dataset: Dataset, path: Path) -> None:
-    # Renamed when complete, so that a killed or a concurrent run leaves no partial copy.
+    # Renamed when complete, so that a killed or concurrent run leaves no partial copy.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                train_inputs=dataset.train.inputs,
-                train_targets=dataset.train.targets,
-                test_inputs=dataset.test.inputs,
-                test_targets=dataset.test.targets,
-                class_names=np.array(dataset.class_names),
-                source=np.array(dataset.source),
-                licence=np.array(dataset.licence),
-            )
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    train_inputs=dataset.train.inputs,
+                    train_targets=dataset.train.targets,
+                    test_inputs=dataset.test.inputs,
+                    test_targets=dataset.test.targets,
+                    class_names=np.array(dataset.class_names),
+                    source=np.array(dataset.source),
+                    licence=np.array(dataset.licence),
+                )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
-            f"could not keep a decoded copy of {dataset.name} at {path} ({error}); it "
-            "will be decoded again next time. Set FEDJAX_SIM_CACHE to a writable folder.",
+            f"could not keep a decoded copy of {dataset.name} at {path} ({error}); the "
+            "next load decodes again. Set FEDJAX_SIM_CACHE to a writable folder.",
             stacklevel=2,
         )
-    finally:
-        partial.unlink(missing_ok=True)

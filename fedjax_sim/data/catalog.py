@@ -20,10 +20,10 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """The data set ``name``, from the disk where it is there, else downloaded.
 
     A source in ``data_dir`` (for MNIST first ``idx/mnist/*.gz``, then
-    ``tfds/mnist/<version>/``) is decoded once; the decoded copy lies in the user's cache
-    folder (``$FEDJAX_SIM_CACHE``) under the checksum of the source and serves every
-    later load. Without a source, a decoded copy of the official files is used if there
-    is one; otherwise the source is downloaded into ``data_dir`` and its checksums
+    ``tfds/mnist/<version>/``) is decoded once. The decoded copy lies in the user's
+    cache folder (``$FEDJAX_SIM_CACHE``) under the checksum of the source and serves
+    every later load. Without a source, a decoded copy of the official files is used if
+    there is one; otherwise the source is downloaded into ``data_dir`` and its checksums
     compared. ``Dataset.source`` says which source it was.
 
     Args:
@@ -51,5 +51,5 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     if name.startswith("tfds:"):
         return tfds.load(name, folder)
     # The pattern is in the table only to be named by the error.
-    loader = lookup("data set", name, {**DATASETS, "tfds:<name>": tfds.load})
-    return loader(folder)
+    known: dict[str, Callable[..., Dataset]] = {**DATASETS, "tfds:<name>": tfds.load}
+    return lookup("data set", name, known)(folder)

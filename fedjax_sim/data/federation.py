@@ -59,25 +59,26 @@ def federate(
     check_count("num_clients", num_clients, 1)
     if not 0 <= root_class < data.num_classes:
         raise ValueError(
-            f"root_class must be a class of {data.name}, 0..{data.num_classes - 1}; got "
-            f"root_class={root_class}."
+            f"root_class must be a class of {data.name}, 0..{data.num_classes - 1}; "
+            f"got root_class={root_class}."
         )
     root_rng, partition_rng = np.random.default_rng(seed).spawn(2)
     root_rows = draw_root(root_rng, targets, root_size, root_bias, root_class)
     rows = partition_rng.permutation(np.setdiff1d(np.arange(len(targets)), root_rows))
     if num_clients > len(rows):
         raise ValueError(
-            f"every client needs a sample; got num_clients={num_clients} and {len(rows)} "
-            f"training samples (with root_size={root_size} taken out). Lower num_clients."
+            f"every client needs a sample; got num_clients={num_clients} and "
+            f"{len(rows)} training samples (with root_size={root_size} taken out). "
+            "Lower num_clients."
         )
-    owners = partition.assign(
-        partition_rng, targets[rows], num_clients, data.num_classes
+    owners = np.asarray(
+        partition.assign(partition_rng, targets[rows], num_clients, data.num_classes)
     )
     if owners.shape != rows.shape or owners.min() < -1 or owners.max() >= num_clients:
         raise ValueError(
-            f"partition {partition.name!r} must assign a client in 0..{num_clients - 1}, "
-            f"or -1, to each of {len(rows)} samples; got shape {owners.shape} with "
-            f"values in {owners.min()}..{owners.max()}."
+            f"partition {partition.name!r} must assign -1 or a client in "
+            f"0..{num_clients - 1} to each of {len(rows)} samples; got shape "
+            f"{owners.shape} with values in {owners.min()}..{owners.max()}."
         )
     kept = owners >= 0
     clients = _clients(data.train, rows[kept], owners[kept], num_clients)
@@ -108,10 +109,10 @@ def clients_from_indices(
         >>> clients.indices.tolist(), clients.sizes().tolist()
         ([[3, 1, 0], [2, 0, 0]], [3, 1])
     """
-    if not indices:
+    if len(indices) == 0:
         raise ValueError("clients_from_indices needs at least one client; got none.")
     rows = np.concatenate([np.asarray(rows, dtype=int) for rows in indices])
-    if rows.size and not (0 <= rows.min() and rows.max() < len(examples.targets)):
+    if rows.size and (rows.min() < 0 or rows.max() >= len(examples.targets)):
         raise ValueError(
             f"indices must be rows of the pool, 0..{len(examples.targets) - 1}; got "
             f"values in {rows.min()}..{rows.max()}."
@@ -129,8 +130,8 @@ def _clients(
     if empty.size:
         raise ValueError(
             f"every client needs a sample; got none for {empty.size} of {num_clients} "
-            f"clients, the first of them client {empty[0]}. Lower num_clients, or use a "
-            "partition with less variable sizes or another seed."
+            f"clients, the first of them client {empty[0]}. Lower num_clients, or use "
+            "another seed or a partition with less variable sizes."
         )
     mask = np.arange(sizes.max()) < sizes[:, None]
     indices = np.zeros(mask.shape, np.int32)

@@ -11,11 +11,11 @@ from fedjax_sim.types import Dataset, Examples
 
 
 def digits(data_dir: Path) -> Dataset:
-    """Handwritten digits of 43 people, 8x8 pixels; needs no files and no network.
+    """Handwritten digits of 13 people, 8x8 pixels; needs no files and no network.
 
     scikit-learn's copy of the UCI test set. Its 17 grey levels are spread over 0..255.
-    In the order of the file, every fifth sample of each class is a test sample: 1,442
-    for training and 355 for testing, with equal class shares and in part the same
+    Every fifth sample of each class, in the order of the file, is a test sample: 1,442
+    for training and 355 for testing. Both parts have the same class shares and the same
     writers.
 
     Args:
@@ -39,7 +39,7 @@ def digits(data_dir: Path) -> Dataset:
         train=Examples(inputs[~is_test], targets[~is_test]),
         test=Examples(inputs[is_test], targets[is_test]),
         class_names=tuple("0123456789"),
-        source="sklearn.datasets.load_digits, every fifth sample of a class for testing",
+        source="sklearn.datasets.load_digits, every fifth sample of a class for test",
         licence="CC BY 4.0",
     )
 

@@ -25,7 +25,7 @@ _CHUNK = 1024  # images decoded at a time
 
 
 def load(name: str, data_dir: Path) -> Dataset:
-    """``tfds:<name>[/<config>][:<version>]`` from ``data_dir/tfds``, else prepared there.
+    """``tfds:<name>[/<config>][:<version>]`` from ``data_dir/tfds``; else prepared.
 
     The split ``test`` is the test set, or ``validation`` where there is no ``test``.
 
@@ -119,15 +119,15 @@ def _check_fit(name: str, info: Any) -> tuple[str, str]:
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys
-    if not keys or len(keys) != 2:
+    if not keys or len(keys) != 2 or not all(isinstance(key, str) for key in keys):
         raise ValueError(
-            f"{name} is not an image-classification set: expected TFDS's supervised keys "
-            f"to be (image, label); got {keys}. Choose another set."
+            f"{name} is not an image-classification set: expected supervised keys "
+            f"(image, label); got {keys}. Choose another set."
         )
     image, label = (info.features[key] for key in keys)
     if not isinstance(image, tfds.features.Image) or None in image.shape:
         raise ValueError(
-            f"{name} needs images of one fixed shape, to be stacked into one array; got "
+            f"{name} needs images of one fixed shape, to stack them in one array; got "
             f"{image}. Choose another set, or a configuration of it that is resized."
         )
     if image.np_dtype != np.uint8:
@@ -153,27 +153,27 @@ def _decode(name: str, folder: Path, key: str) -> Dataset:
     except Exception as error:  # malformed JSON shows in many ways
         raise _damaged(folder, error) from error
     info = builder.info
-    if info.file_format.value != "array_record":
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
-            f"{folder} is stored as {info.file_format.value}, which only TensorFlow can "
-            "read; expected array_record. Prepare it again with --file_format="
-            "array_record, or delete it to have that done where TensorFlow is installed."
+            f"{folder} needs the file format array_record, which is read without "
+            f"TensorFlow; got {info.file_format}. Prepare it again: tfds build "
+            "--file_format=array_record."
         )
     keys = _check_fit(name, info)
     test = "test" if "test" in info.splits else "validation"
     return Dataset(
         name=name,
-        train=_read_split(builder, "train", folder, keys),
-        test=_read_split(builder, test, folder, keys),
+        train=read_split(builder, "train", keys),
+        test=read_split(builder, test, keys),
         class_names=tuple(info.features[keys[1]].names),
         source=f"TFDS {info.full_name}, splits train and {test} (md5 of md5s {key})",
-        licence=str(info.redistribution_info or f"see {info.homepage}"),
+        licence=info.redistribution_info.license or f"see {info.homepage}",
     )
 
 
-def _read_split(
-    builder: Any, split: str, folder: Path, keys: tuple[str, str]
-) -> Examples:
+def read_split(builder: Any, split: str, keys: tuple[str, str]) -> Examples:
+    """One split of a TFDS builder with the given image and label keys, decoded."""
+    folder = Path(builder.data_dir)
     image_key, label_key = keys
     image, label = (builder.info.features[key] for key in keys)
     try:
@@ -188,11 +188,12 @@ def _read_split(
                 targets[rows] = [example[label_key] for example in examples]
     except Exception as error:  # array_record and the image decoders raise many kinds
         raise _damaged(folder, error) from error
-    if len(targets) == 0 or targets.min() < 0 or targets.max() >= label.num_classes:
+    num_outside = np.sum((targets < 0) | (targets >= label.num_classes))
+    if len(targets) == 0 or num_outside:
         raise ValueError(
-            f"{folder}: expected the split {split!r} to have samples, each with a label "
-            f"in 0..{label.num_classes - 1}; got {len(targets)} samples and labels "
-            f"{sorted(set(targets.tolist()))[:3]}... Choose another set."
+            f"{folder}: the split {split!r} needs samples with labels in "
+            f"0..{label.num_classes - 1}; got {len(targets)} samples, {num_outside} of "
+            "them with another label (-1 is unlabelled). Choose another set."
         )
     return Examples(inputs, targets)
 

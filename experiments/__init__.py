@@ -1,0 +1,1 @@
+"""Studies, one module each: ``python -m experiments.NAME --help``."""

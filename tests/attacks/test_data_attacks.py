@@ -1,0 +1,210 @@
+"""One contract for every data attack, and every mode of label_flip."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim import attacks
+from fedjax_sim.types import ClientData, RoundContext
+from tests.references import attacks as reference
+
+L = 7
+CASES = {
+    "symmetric": attacks.label_flip(L),
+    "shift": attacks.label_flip(L, mode="shift"),
+    "targeted": attacks.label_flip(L, mode="targeted", source=3, target=5),
+    "random": attacks.label_flip(L, mode="random"),
+    "half": attacks.label_flip(L, fraction=0.5),
+    "none": attacks.label_flip(L, fraction=0.0),
+}
+M, SIZE = 60, 50  # rows of a client, of which the last ten are padding
+
+over_all = pytest.mark.parametrize("attack", CASES.values(), ids=CASES.keys())
+
+
+def make_client(seed=0, size=SIZE):
+    rng = np.random.default_rng(seed)
+    valid = np.arange(M) < size
+    return ClientData(
+        inputs=jnp.asarray(rng.integers(0, 256, (M, 2, 2, 1)), jnp.uint8),
+        targets=jnp.asarray(np.where(valid, rng.integers(0, L, M), 0), jnp.int32),
+        mask=jnp.asarray(valid),
+    )
+
+
+@functools.cache
+def compiled(attack):
+    return jax.jit(attack.poison)
+
+
+def poisoned(attack, seed=0, key=0, **changes):
+    data = make_client(seed)._replace(**changes)
+    return data, compiled(attack)(jax.random.key(key), data, RoundContext())
+
+
+def test_table_is_complete():
+    assert {attack.name for attack in CASES.values()} == set(attacks.DATA_ATTACKS)
+
+
+@over_all
+def test_structure_dtype_range_and_padding(attack):
+    before, after = poisoned(attack)
+    for old, new in zip(before, after, strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    np.testing.assert_array_equal(before.inputs, after.inputs)
+    np.testing.assert_array_equal(before.mask, after.mask)
+    np.testing.assert_array_equal(before.targets[SIZE:], after.targets[SIZE:])
+    assert np.all((after.targets >= 0) & (after.targets < L))
+
+
+@over_all
+def test_jit_equals_eager(attack):
+    before, jitted = poisoned(attack)
+    eager = attack.poison(jax.random.key(0), before, RoundContext())
+    np.testing.assert_array_equal(jitted.targets, eager.targets)
+
+
+@over_all
+def test_vmap_over_clients_equals_loop(attack):
+    keys = jax.random.split(jax.random.key(1), 3)
+    clients = [make_client(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *clients)
+    together = jax.vmap(attack.poison)(keys, stacked, RoundContext()).targets
+    for i, client in enumerate(clients):
+        alone = compiled(attack)(keys[i], client, RoundContext())
+        np.testing.assert_array_equal(together[i], alone.targets)
+
+
+@over_all
+def test_scan_traces_once(attack):
+    traces = []
+
+    @jax.jit
+    def play(data, key):
+        def one_round(data, index):
+            traces.append(index)
+            context = RoundContext(round=index)
+            return attack.poison(jax.random.fold_in(key, index), data, context), None
+
+        return jax.lax.scan(one_round, data, jnp.arange(3))[0]
+
+    play(make_client(), jax.random.key(0))
+    play(make_client(1), jax.random.key(1))
+    assert len(traces) == 1
+
+
+@over_all
+def test_same_key_same_poison(attack):
+    _, first = poisoned(attack, key=5)
+    _, second = poisoned(attack, key=5)
+    np.testing.assert_array_equal(first.targets, second.targets)
+
+
+@over_all
+def test_unpadded_client_without_mask(attack):
+    """The engine passes mask=None where no client is padded."""
+    _, masked = poisoned(attack, mask=jnp.ones(M, bool))
+    _, unmasked = poisoned(attack, mask=None)
+    assert unmasked.mask is None
+    np.testing.assert_array_equal(unmasked.targets, masked.targets)
+
+
+@over_all
+def test_validate_wants_the_same_number_of_classes(attack):
+    attack.validate(L)
+    with pytest.raises(ValueError, match="Pass num_classes=10"):
+        attack.validate(10)
+
+
+@pytest.mark.parametrize("mode", ["symmetric", "shift", "targeted"])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
+def test_equals_the_oracle(mode, dtype):
+    targets = make_client(3).targets.astype(dtype)
+    _, after = poisoned(CASES[mode], seed=3, targets=targets)
+    assert after.targets.dtype == dtype
+    expected = reference.label_flip(targets[:SIZE].tolist(), mode, L, 3, 5)
+    assert after.targets[:SIZE].tolist() == expected
+
+
+def test_random_is_uniform_over_the_other_classes():
+    y = jnp.repeat(jnp.arange(L), 3000)
+    data = ClientData(jnp.zeros((len(y), 1)), y, jnp.ones(len(y), bool))
+    after = CASES["random"].poison(jax.random.key(2), data, RoundContext()).targets
+    counts = np.zeros((L, L))
+    np.add.at(counts, (np.asarray(y), np.asarray(after)), 1)
+    np.testing.assert_array_equal(np.diag(counts), 0)
+    # Expected 500 in each of the others, standard deviation 20.
+    others = counts[~np.eye(L, dtype=bool)]
+    assert others.min() > 400
+    assert others.max() < 600
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.33, 0.8, 1.0])
+def test_fraction_is_exact_and_drawn_from_the_valid_samples(fraction):
+    attack = attacks.label_flip(L, mode="shift", fraction=fraction)
+    chosen = np.stack(
+        [
+            np.asarray(before.targets != after.targets)
+            for before, after in (poisoned(attack, key=key) for key in range(4))
+        ]
+    )
+    np.testing.assert_array_equal(chosen.sum(axis=1), round(fraction * SIZE))
+    assert not chosen[:, SIZE:].any()
+    if 0 < fraction < 1:  # another key chooses others
+        assert not np.array_equal(chosen[0], chosen[1])
+
+
+def test_fraction_of_a_targeted_flip_counts_the_source_class():
+    attack = attacks.label_flip(L, mode="targeted", source=3, target=5, fraction=0.5)
+    before, after = poisoned(attack, seed=4)
+    valid = np.asarray(before.mask)
+    source = (np.asarray(before.targets) == 3) & valid
+    flipped = np.asarray(before.targets != after.targets)
+    assert flipped.sum() == round(0.5 * source.sum()) > 0
+    assert np.all(source[flipped])
+    assert np.all(np.asarray(after.targets)[flipped] == 5)
+
+
+def test_client_without_the_source_class_is_left_alone():
+    attack = attacks.label_flip(L, mode="targeted", source=3, target=5, fraction=0.5)
+    before, after = poisoned(attack, targets=jnp.full(M, 2))
+    np.testing.assert_array_equal(before.targets, after.targets)
+
+
+def targeted(source, target):
+    return lambda: attacks.label_flip(L, "targeted", source, target)
+
+
+REFUSED = {
+    "one class": (lambda: attacks.label_flip(1), "num_classes >= 2"),
+    "mode": (lambda: attacks.label_flip(L, "symetric"), "Did you mean 'symmetric'"),
+    "fraction": (lambda: attacks.label_flip(L, fraction=1.1), "from 0 to 1"),
+    "fraction nan": (lambda: attacks.label_flip(L, fraction=np.nan), "finite fraction"),
+    "source": (lambda: attacks.label_flip(L, source=1), "takes no source"),
+    "shift target": (
+        lambda: attacks.label_flip(L, "shift", target=1),
+        "takes no source",
+    ),
+    "no target": (targeted(1, None), "needs both source and target"),
+    "no source": (targeted(None, 1), "needs both source and target"),
+    "same": (targeted(2, 2), "two different classes from 0 to 6"),
+    "out of range": (targeted(2, 7), "two different classes from 0 to 6"),
+    "negative": (targeted(-1, 2), "two different classes from 0 to 6"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_unsound_options_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_classes_must_be_integers():
+    with pytest.raises(TypeError, match="integer num_classes; got 10.0"):
+        attacks.label_flip(10.0)
+    with pytest.raises(TypeError, match="integer source"):
+        attacks.label_flip(10, "targeted", "3", 2)
+    attacks.label_flip(np.int64(10))

@@ -1,0 +1,232 @@
+"""Tables and figures from histories made by hand."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import pytest
+import rich.console
+
+from fedjax_sim import report
+
+NAN = float("nan")
+
+
+class History(NamedTuple):
+    """The fields that a report reads."""
+
+    round: np.ndarray
+    accuracy: np.ndarray
+    tpr: np.ndarray
+    fpr: np.ndarray
+    num_flagged: np.ndarray
+
+
+def make_history(accuracy, tpr=None, fpr=None, num_flagged=None):
+    accuracy = np.asarray(accuracy, np.float32)
+    rounds = np.arange(1, accuracy.shape[-1] + 1, dtype=np.int32)
+
+    def field(value):
+        return np.zeros_like(accuracy) if value is None else np.asarray(value)
+
+    return History(
+        round=np.broadcast_to(rounds, accuracy.shape),
+        accuracy=accuracy,
+        tpr=field(tpr),
+        fpr=field(fpr),
+        num_flagged=field(num_flagged),
+    )
+
+
+ONE = make_history([NAN, 0.5, NAN, 0.75, NAN, 1.0])
+SEEDS = make_history([[NAN, 0.25, NAN, 0.5], [NAN, 0.75, NAN, 1.0]])
+EMPTY = make_history(np.zeros(0))
+UNEVALUATED = make_history([NAN, NAN])
+
+
+def test_accuracy_plot_draws_evaluated_rounds(tmp_path):
+    path = tmp_path / "accuracy.png"
+    figure = report.accuracy_plot({"median": ONE, "krum": SEEDS}, path, title="Attack")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "communication round"
+    assert axes.get_ylabel() == "test accuracy"
+    assert axes.get_title() == "Attack"
+    median, krum = axes.lines
+    np.testing.assert_array_equal(median.get_xydata(), [[2, 0.5], [4, 0.75], [6, 1.0]])
+    np.testing.assert_array_equal(krum.get_xydata(), [[2, 0.5], [4, 0.75]])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["median", "krum"]
+    assert path.stat().st_size > 10_000
+    pixels = mpl.image.imread(path)
+    assert pixels.shape[1] == round(200 * report.COLUMN)
+
+
+def test_band_spans_the_seeds():
+    figure = report.accuracy_plot({"median": ONE, "krum": SEEDS})
+    (band,) = figure.axes[0].collections  # none for a single seed
+    corners = band.get_paths()[0].vertices
+    for at, low, high in ((2, 0.25, 0.75), (4, 0.5, 1.0)):
+        heights = corners[corners[:, 0] == at, 1]
+        assert (heights.min(), heights.max()) == (low, high)
+
+
+def test_systems_differ_without_colour():
+    """Up to the product of the two cycles no two lines share marker and line style."""
+    histories = {f"system {i}": ONE for i in range(20)}
+    lines = report.accuracy_plot(histories).axes[0].lines
+    assert len({(line.get_marker(), str(line.get_linestyle())) for line in lines}) >= 20
+    assert len({line.get_color() for line in lines[:7]}) == 7
+
+
+def test_accepts_jax_arrays():
+    history = History(*(jnp.asarray(x) for x in ONE))
+    assert report.table({"a": history}, rounds=(4,)) == report.table(
+        {"a": ONE}, rounds=(4,)
+    )
+
+
+def test_plots_leave_matplotlib_as_it_was():
+    before = dict(mpl.rcParams)
+    report.accuracy_plot({"median": ONE})
+    assert dict(mpl.rcParams) == before
+
+
+def test_detection_plot_smooths_and_leaves_out(tmp_path):
+    path = tmp_path / "detection.pdf"
+    flagging = make_history(
+        [NAN] * 4,
+        tpr=[1.0, NAN, 0.0, 1.0],
+        fpr=[0.0, 0.5, 1.0, 1.0],
+        num_flagged=[1, 1, 1, 1],
+    )
+    figure = report.detection_plot(
+        {"fedavg": make_history([NAN] * 4), "krum": flagging}, path, window=2
+    )
+    upper, lower = figure.axes
+    assert upper.get_ylabel() == "true positive rate"
+    assert lower.get_ylabel() == "false positive rate"
+    assert "running mean of 2" in lower.get_xlabel()
+    (tpr,), (fpr,) = upper.lines, lower.lines
+    np.testing.assert_array_equal(tpr.get_ydata(), [1.0, 1.0, 0.0, 0.5])
+    np.testing.assert_array_equal(fpr.get_ydata(), [0.0, 0.25, 0.75, 1.0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["krum"]
+    assert path.read_bytes().startswith(b"%PDF")
+    # The same look as in the other plot, where krum is the second system.
+    in_accuracy = report.accuracy_plot({"fedavg": ONE, "krum": ONE}).axes[0].lines[1]
+    assert tpr.get_color() == in_accuracy.get_color()
+    assert tpr.get_marker() == in_accuracy.get_marker()
+
+
+def test_detection_plot_without_any_attacker(tmp_path):
+    """A clean run has false alarms but no true positive rate."""
+    rounds = 3
+    clean = make_history(
+        np.full((2, rounds), NAN),
+        tpr=np.full((2, rounds), NAN),
+        fpr=np.array([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0]]),
+        num_flagged=np.ones((2, rounds)),
+    )
+    figure = report.detection_plot({"krum": clean}, tmp_path / "clean.png", window=1)
+    upper, lower = figure.axes
+    assert np.isnan(upper.lines[0].get_ydata()).all()
+    np.testing.assert_array_equal(lower.lines[0].get_ydata(), [0.25, 0.0, 0.75])
+
+
+@pytest.mark.parametrize("window", [1, 3, 10])
+def test_running_mean_equals_a_loop(window):
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((2, 25)) < 0.3, NAN, rng.random((2, 25)))
+    values[:, :2] = NAN
+    got = report._running_mean(values, window)
+    for seed in range(2):
+        for i in range(25):
+            part = [v for v in values[seed, max(0, i - window + 1) : i + 1] if v == v]
+            expected = sum(part) / len(part) if part else NAN
+            np.testing.assert_allclose(got[seed, i], expected, rtol=1e-12)
+
+
+def test_table_of_one_seed():
+    table = report.table({"median": ONE}, rounds=(2, 3, 6, 100), tail=2, digits=3)
+    assert table.header == (
+        "system",
+        "round 2",
+        "round 3",
+        "round 6",
+        "round 100",
+        "final (round 6)",
+        "mean of last 2",
+    )
+    assert table.rows == [("median", "0.500", "-", "1.000", "-", "1.000", "0.875")]
+
+
+def test_table_of_several_seeds():
+    _, rows = report.table({"krum": SEEDS}, rounds=(2,), tail=2, digits=3)
+    # Seeds 0.25 and 0.75, then 0.5 and 1, and tail means 0.375 and 0.875.
+    assert rows == [("krum", "0.500 ± 0.354", "0.750 ± 0.354", "0.625 ± 0.354")]
+
+
+def test_table_says_where_each_system_ended():
+    header, rows = report.table({"a": ONE, "b": SEEDS}, rounds=(), tail=3, digits=2)
+    assert header == ("system", "final", "mean of last 3")
+    assert rows[0] == ("a", "1.00 (round 6)", "0.75")
+    assert rows[1] == ("b", "0.75 ± 0.35 (round 4)", "-")
+
+
+def test_markdown_table():
+    text = report.markdown_table(("system", "x"), [("a|b", 1), ("c", "±")])
+    assert text.splitlines() == [
+        "| system | x |",
+        "|:---|---:|",
+        "| a\\|b | 1 |",
+        "| c | ± |",
+    ]
+
+
+def test_rich_table_prints_every_cell():
+    table = report.rich_table(*report.table({"median": ONE}, rounds=(2,)), title="All")
+    console = rich.console.Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(table)
+    text = console.export_text()
+    for word in ("All", "median", "0.5000", "1.0000", "final (round 6)"):
+        assert word in text
+
+
+REPORTS = [report.accuracy_plot, report.detection_plot, report.table]
+
+
+@pytest.mark.parametrize("make", REPORTS)
+def test_no_history(make):
+    with pytest.raises(ValueError, match="at least one history"):
+        make({})
+
+
+@pytest.mark.parametrize("make", REPORTS)
+def test_history_without_rounds_is_named(make):
+    with pytest.raises(ValueError, match="history of 'krum' holds no round"):
+        make({"krum": EMPTY})
+
+
+@pytest.mark.parametrize("make", [report.accuracy_plot, report.table])
+def test_history_without_evaluation_is_named(make):
+    with pytest.raises(ValueError, match="'krum' holds no evaluation.*all 2 rounds"):
+        make({"median": ONE, "krum": UNEVALUATED})
+
+
+def test_mismatched_rounds_are_refused():
+    with pytest.raises(ValueError, match="'krum' needs round and accuracy of shape"):
+        report.table({"krum": ONE._replace(round=np.arange(3))})
+
+
+def test_nobody_flags():
+    with pytest.raises(
+        ValueError, match="no system that flagged a client among median"
+    ):
+        report.detection_plot({"median": ONE})
+
+
+def test_window_and_tail_are_checked():
+    with pytest.raises(ValueError, match="window >= 1; got window=0"):
+        report.detection_plot({"median": ONE}, window=0)
+    with pytest.raises(ValueError, match="tail >= 1; got tail=0"):
+        report.table({"median": ONE}, tail=0)
