@@ -56,8 +56,8 @@ endef
 # pyproject.toml does not install everything again. A half-made .venv has no stamp.
 $(VENV)/packages.stamp: requirements.lock requirements-build.lock
 	@export PYTHON_CHOICE="$(PYTHON)"; $(FIND_PYTHON); \
-	echo "Setting up $(VENV) with `$$python --version`, pinned packages: a minute or two, once."; \
-	rm -rf $(VENV) && $$python -m venv $(VENV)
+	echo "Setting up $(VENV) with `"$$python" --version`, pinned packages: a minute or two, once."; \
+	rm -rf $(VENV) && "$$python" -m venv $(VENV)
 	@$(PIP) install --quiet --require-hashes -r requirements-build.lock
 	@$(PIP) install --quiet --require-hashes --no-build-isolation -r requirements.lock
 	@touch $@
@@ -96,7 +96,7 @@ format: install
 
 # uv lives in an environment of its own: it is needed for nothing else.
 .venv-lock/bin/uv:
-	@export PYTHON_CHOICE="$(PYTHON)"; $(FIND_PYTHON); $$python -m venv .venv-lock
+	@export PYTHON_CHOICE="$(PYTHON)"; $(FIND_PYTHON); "$$python" -m venv .venv-lock
 	@.venv-lock/bin/python -m pip --disable-pip-version-check install --quiet "uv>=0.9"
 
 COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \

@@ -176,7 +176,7 @@ def _sort_rows(x: Array) -> Array:
 
 def _compare(x: Array, half: int, flip: bool) -> Array:
     """Orders the two halves of each group of ``2 * half`` rows, row against row."""
-    pairs = x.reshape(-1, 2, half, x.shape[1])
+    pairs = x.reshape(len(x) // (2 * half), 2, half, x.shape[1])
     upper = pairs[:, 1, ::-1] if flip else pairs[:, 1]
     low, high = jnp.minimum(pairs[:, 0], upper), jnp.maximum(pairs[:, 0], upper)
     return jnp.stack([low, high[:, ::-1] if flip else high], axis=1).reshape(x.shape)

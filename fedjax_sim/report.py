@@ -6,9 +6,10 @@ from the name of a system to its history. Read here: ``round`` (1-based), ``accu
 (NaN where not evaluated), ``tpr``, ``fpr`` and ``num_flagged``.
 
 Figures are made without pyplot, so nothing is global, no display is needed and nothing
-has to be closed. A notebook shows them after ``%matplotlib inline``.
+has to be closed. A notebook shows a figure that is the last value of a cell.
 """
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,15 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook can show although pyplot does not know of it."""
+
+    def _repr_png_(self) -> bytes:
+        image = io.BytesIO()
+        self.savefig(image, format="png")
+        return image.getvalue()
+
+
 class Table(NamedTuple):
     """``header`` and ``rows`` of text; unpacks into ``markdown_table(*table)``."""
 
@@ -93,7 +103,7 @@ def accuracy_plot(
     """
     _check_any(histories)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 2.4), dpi=200, layout="constrained")
+        figure = NotebookFigure(figsize=(COLUMN, 2.4), dpi=200, layout="constrained")
         axes = figure.subplots()
         for index, (name, history) in enumerate(histories.items()):
             rounds, accuracy = _evaluated(name, history)
@@ -154,7 +164,7 @@ def detection_plot(
             f"{', '.join(histories)}. Leave the plot out: their rates are all zero."
         )
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(COLUMN, 3.6), dpi=200, layout="constrained")
+        figure = NotebookFigure(figsize=(COLUMN, 3.6), dpi=200, layout="constrained")
         upper, lower = figure.subplots(2, sharex=True)
         for axes, field in ((upper, "tpr"), (lower, "fpr")):
             for name, (index, history) in flagging.items():
@@ -355,7 +365,8 @@ def _draw(
 
 def _label_rounds(axes: Axes) -> None:
     axes.set_xlabel("communication round")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    locator = MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+    axes.xaxis.set_major_locator(locator)
 
 
 def _finish(figure: Figure, axes: Axes, title: str | None) -> None:

@@ -19,6 +19,7 @@ from fedjax_sim.types import (
     ClientUpdate,
     DataAttack,
     Examples,
+    Params,
     UpdateAttack,
 )
 

@@ -10,7 +10,7 @@ from fedjax_sim.aggregators.common import (
     stateless,
     weighted_sum,
 )
-from fedjax_sim.pytrees import participants, unit
+from fedjax_sim.pytrees import participants
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 # Below this a norm, or a sum of trust, counts as zero.
@@ -19,9 +19,11 @@ TINY = 1e-12
 
 def cosines(U: Array, norms: Array, root: Array, root_norm: Array) -> Array:
     """``[n]``: cosine of every row to the root update, 0 where either is zero."""
-    along = jnp.matmul(U, unit(root, root_norm), precision=jax.lax.Precision.HIGHEST)
-    cosine = jnp.where(norms > TINY, along / jnp.where(norms > TINY, norms, 1.0), 0.0)
-    return jnp.clip(cosine, -1.0, 1.0)
+    # One product of the vectors as they are: exactly 0 where they are orthogonal.
+    dots = jnp.matmul(U, root, precision=jax.lax.Precision.HIGHEST)
+    nonzero = (norms > TINY) & (root_norm > TINY)
+    cosine = dots / jnp.where(nonzero, norms, 1.0) / jnp.where(nonzero, root_norm, 1.0)
+    return jnp.where(nonzero, jnp.clip(cosine, -1.0, 1.0), 0.0)
 
 
 def fltrust() -> Aggregator:

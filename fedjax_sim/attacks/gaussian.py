@@ -1,7 +1,10 @@
 """Gaussian: send noise that has nothing to do with the training."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_sim.attacks.rows import (
     finite_number,
@@ -24,20 +27,20 @@ MODES = {"replace": "N(mean, std^2)", "fitted": "N of the attackers' own rows"}
 def normal_rows(key: Array, client_ids: Array, updates: PyTree) -> PyTree:
     """Independent standard normal values in the shape of the updates, float32.
 
-    The draw of a row depends on the key, its client id and the leaf alone, so it is the
-    same wherever the row stands in the cohort.
+    The draw of a row depends on the key and its client id alone, so it is the same
+    wherever the row stands in the cohort. One long vector per row is drawn and cut into
+    leaves, because every separate draw adds half a second of compilation.
     """
     leaves, structure = jax.tree.flatten(updates)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, client_ids)
 
-    def draw(leaf_index: int, leaf: Array) -> Array:
-        def one_row(row_key: Array) -> Array:
-            leaf_key = jax.random.fold_in(row_key, leaf_index)
-            return jax.random.normal(leaf_key, leaf.shape[1:], jnp.float32)
+    def one_row(row_key: Array) -> Array:
+        return jax.random.normal(row_key, (sum(sizes),), jnp.float32)
 
-        return jax.vmap(one_row)(row_keys)
-
-    return jax.tree.unflatten(structure, [draw(i, x) for i, x in enumerate(leaves)])
+    parts = jnp.split(jax.vmap(one_row)(row_keys), np.cumsum(sizes)[:-1], axis=1)
+    noise = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
+    return jax.tree.unflatten(structure, noise)
 
 
 def gaussian(

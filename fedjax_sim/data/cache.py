@@ -41,8 +41,9 @@ def read(name: str, key: str) -> Dataset | None:
     if not path.exists():
         return None
     try:
-        # The archive's CRC-32 of each array is compared as the array is read.
-        with np.load(path, allow_pickle=False) as arrays:
+        # The archive's CRC-32 of each array is compared as the array is read. Opened
+        # here because np.load leaves a file open that is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return Dataset(
                 name=name,
                 train=Examples(arrays["train_inputs"], arrays["train_targets"]),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pooch
+import requests
 
 T = TypeVar("T")
 
@@ -76,6 +77,15 @@ def fingerprint(checksums: Iterable[str]) -> str:
         False
     """
     return hashlib.md5(" ".join(checksums).encode()).hexdigest()
+
+
+def reachable(url: str) -> bool:
+    """Whether a server answers at ``url``, whatever it answers."""
+    try:
+        requests.head(url, timeout=DOWNLOAD_TIMEOUT)
+    except requests.exceptions.RequestException:
+        return False
+    return True
 
 
 def download(file_name: str, folder: Path, urls: Sequence[str], checksum: str) -> Path:

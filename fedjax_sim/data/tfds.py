@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.data import cache
-from fedjax_sim.data.sources import NotHere, fingerprint, first_found, md5
+from fedjax_sim.data.sources import NotHere, fingerprint, first_found, md5, reachable
 from fedjax_sim.types import Dataset, Examples
 
 # tensorflow_datasets is imported inside functions: it takes half a second.
@@ -65,7 +65,7 @@ def prepare(spec: str, data_dir: Path) -> Dataset:
 
     Raises:
         NotHere: TensorFlow is not installed, or the download failed.
-        ValueError: no such set, or no fit (before anything is downloaded).
+        ValueError: no such set, or features that do not fit (before the download).
     """
     import tensorflow_datasets as tfds
 
@@ -88,7 +88,11 @@ def prepare(spec: str, data_dir: Path) -> Dataset:
     builder = tfds.builder(
         spec, data_dir=data_dir / "tfds", try_gcs=False, file_format="array_record"
     )
-    _check_fit(f"tfds:{spec}", builder.info)
+    _image_and_label(f"tfds:{spec}", builder.info)
+    # TFDS itself retries for minutes where there is no network.
+    urls = [url for url in builder.url_infos or () if url.startswith("http")]
+    if urls and not any(reachable(url) for url in urls):
+        raise NotHere(f"{place}: no connection to {', '.join(urls)}")
     try:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
@@ -114,7 +118,7 @@ def _prepared_folder(spec: str, data_dir: Path) -> Path:
     return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
 
 
-def _check_fit(name: str, info: Any) -> tuple[str, str]:
+def _image_and_label(name: str, info: Any) -> tuple[str, str]:
     """The keys of the image and of the label, or ValueError where the set is no fit."""
     import tensorflow_datasets as tfds
 
@@ -137,11 +141,6 @@ def _check_fit(name: str, info: Any) -> tuple[str, str]:
             f"{name} is not a classification set: expected a ClassLabel as its target; "
             f"got {label}. Choose another set."
         )
-    if "train" not in info.splits or not {"test", "validation"} & set(info.splits):
-        raise ValueError(
-            f"{name} needs the splits 'train' and 'test' (or 'validation'); got "
-            f"{sorted(info.splits)}. Choose another set."
-        )
     return keys
 
 
@@ -159,8 +158,13 @@ def _decode(name: str, folder: Path, key: str) -> Dataset:
             f"TensorFlow; got {info.file_format}. Prepare it again: tfds build "
             "--file_format=array_record."
         )
-    keys = _check_fit(name, info)
+    keys = _image_and_label(name, info)
     test = "test" if "test" in info.splits else "validation"
+    if not {"train", test} <= set(info.splits):
+        raise ValueError(
+            f"{name} needs the splits 'train' and 'test' (or 'validation'); got "
+            f"{sorted(info.splits)}. Choose another set."
+        )
     return Dataset(
         name=name,
         train=read_split(builder, "train", keys),

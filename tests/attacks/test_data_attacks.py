@@ -18,7 +18,6 @@ CASES = {
     "targeted": attacks.label_flip(L, mode="targeted", source=3, target=5),
     "random": attacks.label_flip(L, mode="random"),
     "half": attacks.label_flip(L, fraction=0.5),
-    "none": attacks.label_flip(L, fraction=0.0),
 }
 M, SIZE = 60, 50  # rows of a client, of which the last ten are padding
 
@@ -142,7 +141,7 @@ def test_random_is_uniform_over_the_other_classes():
     assert others.max() < 600
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.33, 0.8, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.33, 1.0])
 def test_fraction_is_exact_and_drawn_from_the_valid_samples(fraction):
     attack = attacks.label_flip(L, mode="shift", fraction=fraction)
     chosen = np.stack(
@@ -203,7 +202,7 @@ def test_unsound_options_are_refused(make, message):
 
 
 def test_classes_must_be_integers():
-    with pytest.raises(TypeError, match="integer num_classes; got 10.0"):
+    with pytest.raises(TypeError, match="needs an integer num_classes"):
         attacks.label_flip(10.0)
     with pytest.raises(TypeError, match="integer source"):
         attacks.label_flip(10, "targeted", "3", 2)

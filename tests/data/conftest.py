@@ -24,6 +24,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("FEDJAX_SIM_CACHE", str(folder))
     monkeypatch.delenv("FEDJAX_SIM_DATA", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return folder
 
 
@@ -82,7 +83,10 @@ def write_tfds() -> Callable[..., Path]:
     from tensorflow_datasets.proto import tf_example_generated_pb2 as tf_example
 
     def feature(kind: str, **content: object) -> dict[str, object]:
-        return {"pythonClassName": f"tensorflow_datasets.core.features.{kind}", **content}
+        return {
+            "pythonClassName": f"tensorflow_datasets.core.features.{kind}",
+            **content,
+        }
 
     def example_bytes(image: np.ndarray, label: int) -> bytes:
         png = io.BytesIO()

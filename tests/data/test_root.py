@@ -52,7 +52,10 @@ def test_size_zero_gives_none():
         ({"size": 9999}, "must leave training samples for the clients"),
         ({"size": 10, "bias": 1.5}, "root_bias=1.5"),
         ({"size": 10, "bias": np.nan}, "root_bias=nan"),
-        ({"size": 600, "bias": 1.0}, "needs 600 samples of class 1 and 0 of the others"),
+        (
+            {"size": 600, "bias": 1.0},
+            "needs 600 samples of class 1 and 0 of the others",
+        ),
         ({"size": 4600, "bias": 0.0}, "got 500 and 4500 training samples"),
     ],
 )

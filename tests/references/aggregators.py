@@ -1,9 +1,11 @@
 """Aggregators as plain float64 NumPy loops, written from the definitions alone.
 
-Every function takes the cohort's updates ``U [n, d]`` and an optional mask of who takes
-part, and returns a ``Result``. Nothing here is fast, jitted, or shared with the package.
+Every function takes the cohort's updates ``U [n, d]`` and an optional mask of who
+takes part, and returns a ``Result``. Nothing here is shared with the package.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ class Result(NamedTuple):
     weights: np.ndarray
     keep: np.ndarray
     scores: np.ndarray
-    extra: dict[str, Any] = {}
+    extra: Mapping[str, Any] = MappingProxyType({})
 
 
 def present(U, mask=None):
@@ -95,7 +97,7 @@ def trimmed_mean(U, b, mask=None):
 
 
 def distance(u, v):
-    return sum((float(a) - float(b)) ** 2 for a, b in zip(u, v, strict=True))
+    return np.sum((np.asarray(u, np.float64) - np.asarray(v, np.float64)) ** 2)
 
 
 def scores_among(U, rows, q, squared=True):
@@ -149,15 +151,14 @@ def multi_krum(U, f, m=None, mask=None, sizes=None, rule="one_shot"):
 
 
 def norm(u):
-    return np.sqrt(sum(float(x) ** 2 for x in u))
+    return np.sqrt(np.sum(np.asarray(u, np.float64) ** 2))
 
 
 def cosine(u, v):
     if norm(u) <= 1e-12 or norm(v) <= 1e-12:
         return 0.0
-    return sum(float(a) * float(b) for a, b in zip(u, v, strict=True)) / (
-        norm(u) * norm(v)
-    )
+    dot = np.sum(np.asarray(u, np.float64) * np.asarray(v, np.float64))
+    return dot / (norm(u) * norm(v))
 
 
 def rescaled(u, length):
@@ -235,10 +236,8 @@ def dual_system(
         f = max(0, f - (n - r))
         extra["gate"], extra["f_remaining"] = members(n, survivors), f
         scores = scores_among(space, survivors, r - f - 2)
-        if r < f + 3:
-            keep = survivors
-        else:
-            keep = best(scores, r - f - 2 if m is None else m)
+        m = r - f - 2 if m is None else m
+        keep = survivors if r < f + 3 else best(scores, m)
         weights = normalized(trust * members(n, keep))
     else:
         r = len(rows)
@@ -255,7 +254,8 @@ def dual_system(
                 kappa[i] = 1.0 if scores[i] <= mth else (mth / scores[i]) ** gamma
             extra["kappa"] = kappa
             weights = normalized(trust * kappa * (r >= 2 * f + 3))
-            keep = [i for i in range(n) if weights[i] > 0]
+            keep = [i for i in range(n) if weights[i] > np.finfo(np.float32).tiny]
+            trust = trust * (r >= 2 * f + 3)
         elif variant == "filter_then_trust":
             keep = filtered
             weights = normalized(trust * members(n, keep))

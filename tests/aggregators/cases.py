@@ -1,0 +1,201 @@
+"""The rules under test: one table, from which every test of this folder draws."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim import aggregators as rules
+from fedjax_sim.types import Aggregator, RoundContext
+from tests.references import aggregators as oracle
+
+
+class Case(NamedTuple):
+    """A rule and its reference for an assumed f: ``reference(f, U, mask, g0, sizes)``.
+
+    ``linear`` says what the info's weights combine into the aggregate: the updates
+    (``raw``), the updates at the root update's norm (``rescaled``), or nothing (None).
+    """
+
+    make: Callable[[int], Aggregator]
+    reference: Callable[..., oracle.Result]
+    linear: str | None = None
+    translation: bool = False
+    coordinate_wise: bool = False
+    trust: bool = False
+    robust: bool = True
+
+
+def _krum(**options: object) -> Case:
+    return Case(
+        lambda f: rules.krum(f, **options),
+        lambda f, U, mask, g0, sizes: oracle.krum(U, f, mask, **options),
+        linear="raw",
+        translation=True,
+    )
+
+
+def _multi_krum(m: Callable[[int], int] | None = None, **options: object) -> Case:
+    def count(n: int) -> int | None:
+        return None if m is None else m(n)
+
+    weighted = options.get("weighted", False)
+    rule = options.get("rule", "one_shot")
+    return Case(
+        lambda f: rules.multi_krum(f, count(f), **options),
+        lambda f, U, mask, g0, sizes: oracle.multi_krum(
+            U, f, count(f), mask, sizes if weighted else None, rule
+        ),
+        linear="raw",
+        translation=True,
+    )
+
+
+def _dual(variant: str, m: int | None = None, **options: object) -> Case:
+    return Case(
+        lambda f: rules.dual_system(f, variant, num_selected=m, **options),
+        lambda f, U, mask, g0, sizes: oracle.dual_system(
+            U, g0, f, variant, mask, m, **options
+        ),
+        linear="raw" if variant == "gated_mean" else "rescaled",
+        trust=True,
+    )
+
+
+CASES: dict[str, Case] = {
+    "fedavg": Case(
+        lambda f: rules.fedavg(),
+        lambda f, U, mask, g0, sizes: oracle.fedavg(U, mask, sizes),
+        linear="raw",
+        translation=True,
+        robust=False,
+    ),
+    "fedavg-uniform": Case(
+        lambda f: rules.fedavg(weighting="uniform"),
+        lambda f, U, mask, g0, sizes: oracle.fedavg(U, mask),
+        linear="raw",
+        translation=True,
+        robust=False,
+    ),
+    "fedavg-total": Case(
+        lambda f: rules.fedavg(denominator="total"),
+        lambda f, U, mask, g0, sizes: oracle.fedavg(U, mask, sizes, NUM_CLIENTS),
+        robust=False,
+    ),
+    "median": Case(
+        lambda f: rules.median(),
+        lambda f, U, mask, g0, sizes: oracle.median(U, mask),
+        translation=True,
+        coordinate_wise=True,
+    ),
+    "median-lower": Case(
+        lambda f: rules.median(even="lower"),
+        lambda f, U, mask, g0, sizes: oracle.median(U, mask, "lower"),
+        translation=True,
+        coordinate_wise=True,
+    ),
+    "trimmed_mean": Case(
+        rules.trimmed_mean,
+        lambda f, U, mask, g0, sizes: oracle.trimmed_mean(U, f, mask),
+        translation=True,
+        coordinate_wise=True,
+    ),
+    "krum": _krum(),
+    "krum-unsquared": _krum(squared=False),
+    "krum-n-f-1": _krum(neighbours="n-f-1"),
+    "krum-n-f": _krum(neighbours="n-f", squared=False),
+    "multi_krum": _multi_krum(),
+    "multi_krum-m": _multi_krum(lambda f: f + 4),
+    "multi_krum-weighted": _multi_krum(weighted=True),
+    "multi_krum-iterative": _multi_krum(rule="iterative"),
+    "fltrust": Case(
+        lambda f: rules.fltrust(),
+        lambda f, U, mask, g0, sizes: oracle.fltrust(U, g0, mask),
+        linear="rescaled",
+        trust=True,
+    ),
+    "dual_system": _dual("filter_then_trust"),
+    "dual_system-raw": _dual("filter_then_trust", krum_space="raw"),
+    "dual_system-m": _dual("filter_then_trust", m=4),
+    "dual_system-root": _dual("intersection", tau=0.9, fallback="root"),
+    "dual_system-trust_then_filter": _dual("trust_then_filter"),
+    "dual_system-trust_then_filter-tau": _dual("trust_then_filter", tau=0.3, m=3),
+    "dual_system-soft": _dual("soft"),
+    "dual_system-soft-raw": _dual("soft", m=3, gamma=2.5, krum_space="raw"),
+    "dual_system-intersection": _dual("intersection", tau=0.3),
+    "dual_system-dynamic_trust": _dual("dynamic_trust", rho=0.2, k=0.1),
+    "dual_system-dynamic_trust-first": _dual(
+        "dynamic_trust", base="trust_then_filter", rho=0.0, k=0.3, tau_max=0.9
+    ),
+    "dual_system-gated_mean": _dual("gated_mean"),
+    "dual_system-gated_mean-m": _dual("gated_mean", m=4),
+}
+
+# Enough for what every rule promises: the others differ from these in a number.
+DISTINCT = [
+    name
+    for name in CASES
+    if name
+    not in (
+        "fedavg-uniform",
+        "krum-n-f-1",
+        "krum-n-f",
+        "multi_krum-m",
+        "dual_system-m",
+        "dual_system-trust_then_filter-tau",
+        "dual_system-soft-raw",
+        "dual_system-intersection",
+        "dual_system-dynamic_trust-first",
+        "dual_system-gated_mean-m",
+    )
+]
+
+# N, the clients in all; a cohort is smaller.
+NUM_CLIENTS = 40
+
+
+def context(g0, mask=None, sizes=None, **fields) -> RoundContext:
+    """A context with everything that some rule needs."""
+    return RoundContext(
+        root_update=g0,
+        num_samples=None if sizes is None else jnp.asarray(sizes, jnp.float32),
+        mask=None if mask is None else jnp.asarray(mask),
+        **fields,
+    )
+
+
+def cohort(seed: int, n: int, d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``U [n, d]``, root update ``[d]`` and sizes ``[n]`` on which the rules differ."""
+    rng = np.random.default_rng(seed)
+    direction = rng.normal(size=d)
+    # Skewed in every coordinate, so that mean, median and trimmed mean fall apart; of
+    # mixed length and direction, so that the filters and the trust scores do.
+    noise = rng.exponential(size=(n, d)) * rng.normal(size=(n, 1))
+    U = rng.lognormal(sigma=0.5, size=(n, 1)) * (0.5 * direction + noise)
+    U[1::5] -= 1.2 * direction
+    g0 = 0.7 * direction + 0.3 * rng.normal(size=d)
+    sizes = rng.integers(1, 50, size=n)
+    return U.astype(np.float32), g0.astype(np.float32), sizes.astype(np.float32)
+
+
+def attacked(U: np.ndarray, f: int, kind: str) -> np.ndarray:
+    """The same rows, the last f of them replaced."""
+    U = U.copy()
+    n, d = U.shape
+    wave = np.cos(np.arange(d)).astype(np.float32)
+    for i in range(n - f, n):
+        sign = 1 if i % 2 else -1
+        U[i] = {
+            "collude": U[: n - f].mean(axis=0) + 3 * wave,
+            "1e8": sign * 1e8 * wave,
+            "1e18": sign * 1e18 * wave / np.sqrt(d),
+            "inf": np.full(d, sign * np.inf),
+            "nan": np.where(np.arange(d) % 2, np.nan, 1.0),
+            "overflow": np.full(d, sign * 1e30),
+            "zero": np.zeros(d),
+        }[kind]
+    return U
+
+
+KINDS = ("collude", "1e8", "1e18", "inf", "nan", "overflow", "zero")

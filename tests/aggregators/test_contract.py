@@ -1,0 +1,325 @@
+"""What every rule promises: one test of each promise over the whole table."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim.aggregators import REGISTRY
+from fedjax_sim.types import RoundContext
+from tests.aggregators.cases import (
+    CASES,
+    DISTINCT,
+    KINDS,
+    NUM_CLIENTS,
+    attacked,
+    cohort,
+    context,
+)
+
+N, D, F = 9, 6, 2
+every_rule = pytest.mark.parametrize("name", DISTINCT)
+
+
+def tree(U, dtype=jnp.float32):
+    """``[..., 6]`` as a pytree of two leaves; ``ravel`` orders them by name."""
+    U = jnp.asarray(U)
+    kernel = U[..., 2:].reshape(*U.shape[:-1], 2, 2)
+    return {"bias": U[..., :2].astype(dtype), "kernel": kernel.astype(jnp.float32)}
+
+
+def flat(updates):
+    leaves = [np.asarray(x) for x in jax.tree.leaves(updates)]
+    lead = leaves[0].ndim - 1
+    return np.concatenate([x.reshape(*x.shape[:lead], -1) for x in leaves], axis=-1)
+
+
+class Compiled:
+    """A rule jitted once for all tests of this file, which counts its traces."""
+
+    def __init__(self, name):
+        self.rule = CASES[name].make(F)
+        self.state = self.rule.init(tree(jnp.zeros(D)), NUM_CLIENTS)
+        self.traces = 0
+
+        @jax.jit
+        def apply(U, g0, mask, sizes, byzantine, state):
+            self.traces += 1
+            info = context(tree(g0), mask, sizes, byzantine=byzantine)
+            return self.rule.apply(tree(U), state, info)
+
+        self.apply = apply
+
+    def __call__(self, U, g0, mask=None, sizes=None, byzantine=None):
+        result = self.apply(
+            jnp.asarray(U, jnp.float32),
+            jnp.asarray(g0, jnp.float32),
+            np.ones(N, bool) if mask is None else mask,
+            np.ones(N, np.float32) if sizes is None else sizes,
+            np.zeros(N, bool) if byzantine is None else byzantine,
+            self.state,
+        )
+        assert self.traces == 1
+        return flat(result[0]), result[2]
+
+
+compiled = functools.cache(Compiled)
+
+
+def assert_same(one, other, **tolerance):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def test_table_covers_the_registry():
+    assert {name.split("-")[0] for name in CASES} == set(REGISTRY)
+    for name, factory in REGISTRY.items():
+        assert factory.__name__ == name
+        rule = CASES[name].make(F)
+        assert rule.name == name
+        assert rule.needs <= set(RoundContext._fields)
+        assert ("root_update" in rule.needs) == CASES[name].trust
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_structure_and_dtypes(name, dtype):
+    rule = CASES[name].make(F)
+    U, g0, sizes = cohort(0, N, D)
+    params = tree(g0, dtype)
+    state = rule.init(params, NUM_CLIENTS)
+    aggregate, new_state, info = jax.eval_shape(
+        rule.apply, tree(U, dtype), state, context(params, sizes=sizes)
+    )
+    shapes = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert shapes(aggregate) == shapes(params)
+    assert shapes(new_state) == shapes(state)
+    assert shapes(tuple(info[:3])) == (
+        ((N,), jnp.float32),
+        ((N,), jnp.bool_),
+        ((N,), jnp.float32),
+    )
+    assert all(x.shape == (N,) for x in info.details.values())
+    only_bfloat16 = jax.eval_shape(
+        rule.apply,
+        jnp.asarray(U, jnp.bfloat16),
+        state,
+        context(jnp.asarray(g0, jnp.bfloat16), sizes=sizes),
+    )
+    assert only_bfloat16[0].dtype == jnp.bfloat16
+
+
+@every_rule
+def test_jit_equals_eager_and_pytree_equals_array(name):
+    U, g0, sizes = cohort(1, N, D)
+    one, info = compiled(name)(U, g0, sizes=sizes)
+    rule = CASES[name].make(F)
+    state = rule.init(jnp.zeros(D), NUM_CLIENTS)
+    other, _, other_info = rule.apply(jnp.asarray(U), state, context(g0, sizes=sizes))
+    assert one.shape == other.shape
+    assert_same((one, info), (other, other_info), rtol=1e-5, atol=1e-6)
+
+
+@every_rule
+def test_scan_over_rounds_and_vmap_over_seeds_equal_loops(name):
+    rule = CASES[name].make(F)
+    state = rule.init(jnp.zeros(D), NUM_CLIENTS)
+    data = [[cohort(10 * seed + t, N, D)[:2] for t in range(3)] for seed in range(2)]
+    updates, roots = (np.array([[x[i] for x in row] for row in data]) for i in (0, 1))
+    traces = []
+
+    def one_round(state, inputs):
+        traces.append(None)
+        this = context(inputs[1], sizes=jnp.ones(N))
+        aggregate, state, info = rule.apply(inputs[0], state, this)
+        return state, (aggregate, info)
+
+    def one_seed(updates, roots):
+        return jax.lax.scan(one_round, state, (updates, roots))[1]
+
+    aggregates, infos = jax.jit(jax.vmap(one_seed))(updates, roots)
+    assert len(traces) == 1
+    if state:
+        return  # a rule with a memory; test_references follows it round by round
+    for seed in range(2):
+        for t in range(3):
+            one, info = compiled(name)(updates[seed, t], roots[seed, t])
+            this = jax.tree.map(lambda x, s=seed, t=t: x[s, t], infos)
+            assert_same((aggregates[seed, t], this), (one, info), rtol=1e-4, atol=1e-5)
+
+
+@every_rule
+def test_info(name):
+    """Weights sum to one or to nothing, and combine the rows into the aggregate."""
+    for seed in range(5):
+        U, g0, sizes = cohort(seed, N, D)
+        mask = np.arange(N) != seed
+        aggregate, info = compiled(name)(U, g0, mask, sizes)
+        assert info.flagged[seed]
+        assert info.scores[seed] == np.inf
+        assert info.weights[seed] == 0
+        assert np.all(info.weights >= 0)
+        assert not np.any(np.asarray(info.weights)[np.asarray(info.flagged)])
+        np.testing.assert_allclose(info.weights.sum(), float(info.weights.any()), 1e-5)
+        if CASES[name].linear:
+            rows = U
+            if CASES[name].linear == "rescaled":
+                norms = np.linalg.norm(U, axis=1, keepdims=True)
+                rows = U / norms * np.linalg.norm(g0)
+            if info.weights.any():
+                np.testing.assert_allclose(
+                    aggregate, info.weights @ rows, rtol=1e-4, atol=1e-5
+                )
+
+
+@every_rule
+def test_who_is_byzantine_makes_no_difference(name):
+    U, g0, sizes = cohort(2, N, D)
+    one = compiled(name)(U, g0, sizes=sizes, byzantine=np.arange(N) < F)
+    other = compiled(name)(U, g0, sizes=sizes, byzantine=np.arange(N) > F)
+    assert_same(one, other, rtol=0)
+
+
+@every_rule
+def test_what_a_masked_row_holds_makes_no_difference(name):
+    U, g0, sizes = cohort(3, N, D)
+    mask = np.arange(N) != N - 1
+    one = compiled(name)(U, g0, mask, sizes)
+    for kind in KINDS:
+        other = compiled(name)(attacked(U, 1, kind), g0, mask, sizes)
+        assert_same(one, other, rtol=0)
+
+
+@every_rule
+def test_row_that_is_not_finite_is_a_masked_row(name):
+    U, g0, sizes = cohort(3, N, D)
+    one = compiled(name)(U, g0, np.arange(N) < N - F, sizes)
+    for kind in ("inf", "nan", "overflow"):
+        other = compiled(name)(attacked(U, F, kind), g0, sizes=sizes)
+        assert_same(one, other, rtol=0)
+
+
+@every_rule
+def test_permuting_clients_permutes_the_info(name):
+    U, g0, sizes = cohort(4, N, D)
+    order = np.random.default_rng(0).permutation(N)
+    aggregate, info = compiled(name)(U, g0, sizes=sizes)
+    permuted, permuted_info = compiled(name)(U[order], g0, sizes=sizes[order])
+    np.testing.assert_allclose(permuted, aggregate, rtol=1e-4, atol=1e-5)
+    expected = jax.tree.map(lambda x: x[order], info)
+    assert_same(permuted_info, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_rule
+def test_scaling_everything_scales_the_aggregate(name):
+    U, g0, sizes = cohort(5, N, D)
+    aggregate, info = compiled(name)(U, g0, sizes=sizes)
+    scaled, scaled_info = compiled(name)(4 * U, 4 * g0, sizes=sizes)
+    np.testing.assert_allclose(scaled, 4 * aggregate, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scaled_info.weights, info.weights, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in DISTINCT if CASES[n].translation])
+def test_translating_the_updates_translates_the_aggregate(name):
+    U, g0, sizes = cohort(6, N, D)
+    shift = np.linspace(-2, 2, D).astype(np.float32)
+    aggregate, info = compiled(name)(U, g0, sizes=sizes)
+    moved, moved_info = compiled(name)(U + shift, g0, sizes=sizes)
+    np.testing.assert_allclose(moved, aggregate + shift, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moved_info.weights, info.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in DISTINCT if CASES[n].linear == "rescaled"])
+def test_length_of_an_update_does_not_matter_to_trust(name):
+    if "raw" in name:
+        pytest.skip("the filter looks at lengths")
+    U, g0, sizes = cohort(6, N, D)
+    lengths = np.logspace(-3, 3, N, dtype=np.float32)[:, None]
+    one, _ = compiled(name)(U, g0, sizes=sizes)
+    other, _ = compiled(name)(lengths * U, g0, sizes=sizes)
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@every_rule
+def test_identical_updates_return_that_update(name):
+    update = cohort(7, N, D)[0][0]
+    aggregate, info = compiled(name)(np.tile(update, (N, 1)), update)
+    expected = update * N / NUM_CLIENTS if name == "fedavg-total" else update
+    np.testing.assert_allclose(aggregate, expected, rtol=1e-5, atol=1e-6)
+    if CASES[name].coordinate_wise:
+        np.testing.assert_allclose(info.weights, np.full(N, 1 / N), rtol=1e-5)
+
+
+@every_rule
+def test_zero_updates_give_zero(name):
+    zero = np.zeros((N, D))
+    root = cohort(7, N, D)[1]
+    assert np.all(compiled(name)(zero, 0 * root)[0] == 0)
+    if name != "dual_system-root":
+        aggregate, info = compiled(name)(zero, root)
+        assert np.all(aggregate == 0)
+        assert info.weights.any() != CASES[name].trust
+
+
+@every_rule
+def test_nobody_left_gives_zero(name):
+    U, g0, sizes = cohort(8, N, D)
+    aggregate, info = compiled(name)(U, g0, np.zeros(N, bool), sizes)
+    expected = g0 if name == "dual_system-root" else np.zeros(D)
+    np.testing.assert_array_equal(aggregate, expected)
+    assert not info.weights.any()
+    assert info.flagged.all()
+    assert np.all(info.scores == np.inf)
+
+
+@pytest.mark.parametrize("name", [n for n in DISTINCT if CASES[n].robust])
+@pytest.mark.parametrize("kind", KINDS)
+def test_arbitrary_rows_do_not_move_the_aggregate_far(name, kind):
+    U, g0, sizes = cohort(9, N, D)
+    honest = U[: N - F]
+    aggregate, info = compiled(name)(attacked(U, F, kind), g0, sizes=sizes)
+    assert np.all(np.isfinite(aggregate))
+    if CASES[name].coordinate_wise:
+        assert np.all(aggregate >= honest.min(axis=0) - 1e-5)
+        assert np.all(aggregate <= honest.max(axis=0) + 1e-5)
+    elif CASES[name].linear == "rescaled":
+        assert np.linalg.norm(aggregate) <= np.linalg.norm(g0) * (1 + 1e-5)
+    elif kind not in ("collude", "zero"):
+        assert not info.weights[N - F :].any()
+        assert np.abs(aggregate).max() <= np.abs(honest).max() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("n", [1, 3])
+def test_smallest_cohorts(name, n):
+    rule = CASES[name].make(0)
+    try:
+        rule.validate(n)
+    except ValueError:
+        assert n == 1 or name.endswith("-m")
+        return
+    except UserWarning as warning:
+        pytest.skip(str(warning))
+    U = np.arange(1, 2 * n + 1, dtype=np.float32).reshape(n, 2)
+    state = rule.init(jnp.zeros(2), n)
+    aggregate, _, info = rule.apply(U, state, context(U[0], sizes=np.ones(n)))
+    assert np.all(np.isfinite(aggregate))
+    np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-6)
+    if n == 1:
+        np.testing.assert_allclose(aggregate, U[0], rtol=1e-6)
+
+
+def sorts(function, *args):
+    """Whether any sorting primitive is left in the function, at any depth."""
+    jaxpr = str(jax.make_jaxpr(function)(*args))
+    return re.search(r"\b(sort|top_k|approx_top_k)\[", jaxpr) is not None
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].coordinate_wise])
+def test_coordinate_wise_rules_do_not_sort(name):
+    U = jnp.ones((N, 5000))
+    assert sorts(jax.jit(lambda U: jnp.sort(U, axis=0)), U)
+    assert not sorts(CASES[name].make(F).apply, U, (), RoundContext())

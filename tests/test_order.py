@@ -1,0 +1,105 @@
+"""The sort network and what is read off it, against NumPy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim import order
+
+
+def matrix(n, d, seed=0):
+    """Values with ties, infinities and fifteen orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    U = np.round(rng.normal(size=(n, d)) * 10.0 ** rng.integers(-3, 12, (n, 1)), 1)
+    return U.astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 100])
+def test_sorts_any_number_of_rows(n):
+    U = matrix(n, 7)
+    U[0, 0], U[-1, 1] = np.inf, -np.inf
+    np.testing.assert_array_equal(order.sort_clients(U), np.sort(U, axis=0))
+
+
+@pytest.mark.parametrize("d", [0, 1, 1024, 1025, 3000])
+def test_any_number_of_columns(d):
+    """Blocks of 1024 columns, the last of which overlaps the one before."""
+    U = matrix(6, d)
+    np.testing.assert_array_equal(order.sort_clients(U), np.sort(U, axis=0))
+    medians, shares = order.mean_of_ranks(U, jnp.ones(6, bool), 2, 3)
+    np.testing.assert_allclose(medians, np.median(U, axis=0), rtol=1e-6)
+    assert np.isclose(shares.sum(), 1) or d == 0
+    assert np.all(np.isfinite(shares))
+
+
+def test_shares_do_not_depend_on_the_blocks():
+    U = matrix(6, 3000)
+    mask = jnp.ones(6, bool)
+    _, shares = order.mean_of_ranks(U, mask, 2, 3)
+    parts = [
+        order.mean_of_ranks(U[:, i : i + 500], mask, 2, 3)[1]
+        for i in range(0, 3000, 500)
+    ]
+    np.testing.assert_allclose(shares, np.mean(parts, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_masked_median_and_trimmed_mean(n):
+    U = matrix(n, 11)
+    rng = np.random.default_rng(n)
+    for _ in range(6):
+        mask = rng.random(n) < 0.6
+        rows = U[mask].astype(np.float64)
+        zero = np.zeros(11)
+        expected = np.median(rows, axis=0) if mask.any() else zero
+        np.testing.assert_allclose(order.median(U, mask), expected, rtol=1e-6)
+        lower = np.sort(rows, axis=0)[(len(rows) - 1) // 2] if mask.any() else zero
+        np.testing.assert_array_equal(order.median(U, mask, "lower"), lower)
+        for trim in range(3):
+            kept = np.sort(rows, axis=0)[trim : len(rows) - trim]
+            expected = kept.mean(axis=0) if len(kept) else zero
+            found = order.trimmed_mean(U, mask, trim)
+            scale = np.abs(kept).max(initial=1)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_trimmed_outliers_leave_no_rounding_error():
+    rng = np.random.default_rng(0)
+    U = rng.normal(size=(20, 50)).astype(np.float32)
+    for size in (1e8, 1e18, np.inf):
+        U[:3], U[3:5] = size, -size
+        expected = np.sort(U, axis=0)[5:15].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(order.trimmed_mean(U, None, 5), expected, 1e-5, 1e-6)
+
+
+def test_ties_share_what_they_supplied():
+    U = jnp.array([[1.0], [1.0], [1.0], [5.0], [9.0]])
+    everybody = jnp.ones(5, bool)
+    for first, last, shares in [
+        (0, 4, [0.2, 0.2, 0.2, 0.2, 0.2]),
+        (1, 3, [2 / 9, 2 / 9, 2 / 9, 1 / 3, 0]),
+        (2, 2, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
+        (3, 3, [0, 0, 0, 1, 0]),
+        (3, 2, [0, 0, 0, 0, 0]),
+    ]:
+        found = order.mean_of_ranks(U, everybody, first, last)[1]
+        np.testing.assert_allclose(found, shares, rtol=1e-6)
+
+
+def test_jit_vmap_and_no_sort():
+    U = np.stack([matrix(7, 2500, seed) for seed in range(3)])
+    masks = np.array([[1] * 7, [1, 0] * 3 + [1], [0] * 7], bool)
+    trims = np.array([1, 2, 0])
+    found = jax.jit(jax.vmap(order.trimmed_mean))(U, masks, trims)
+    for one, *args in zip(found, U, masks, trims):
+        np.testing.assert_allclose(one, order.trimmed_mean(*args), rtol=1e-6)
+    jaxpr = str(jax.make_jaxpr(jax.vmap(order.median))(U, masks))
+    assert not re.search(r"\b(sort|top_k)\[", jaxpr)
+
+
+def test_unknown_even():
+    with pytest.raises(ValueError, match="Did you mean 'midpoint'"):
+        order.median(jnp.ones((2, 1)), even="midpiont")

@@ -1,0 +1,616 @@
+"""The round, the scan and the comparison, against plain loops and against each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fedjax_sim as fs
+from fedjax_sim import rounds
+from fedjax_sim.types import (
+    Aggregator,
+    AggregatorInfo,
+    ClientData,
+    ClientInfo,
+    Clients,
+    DataAttack,
+    Examples,
+    UpdateAttack,
+)
+
+N, M, L = 12, 6, 3
+
+
+def make_clients(sizes=(M,) * N, seed=0):
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, L, sum(sizes)).astype(np.int32)
+    inputs = rng.normal(size=(len(targets), 4)).astype(np.float32)
+    inputs[:, 0] += 2 * targets
+    width = max(sizes)
+    indices = np.zeros((len(sizes), width), np.int32)
+    mask = np.zeros((len(sizes), width), bool)
+    for i, (start, size) in enumerate(
+        zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True)
+    ):
+        indices[i, :size] = start + np.arange(size)
+        mask[i, :size] = True
+    return Clients(*map(jnp.asarray, (inputs, targets, indices, mask)))
+
+
+def examples(count, seed=1):
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, L, count).astype(np.int32)
+    inputs = rng.normal(size=(count, 4)).astype(np.float32)
+    inputs[:, 0] += 2 * targets
+    return Examples(inputs, targets)
+
+
+SHARED = {
+    "model": fs.models.mlp((4,), num_classes=L, hidden=()),
+    "clients": make_clients(),
+    "client_update": fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=3),
+    "test": examples(40),
+    "root": examples(9, seed=2),
+}
+
+
+def simulate(**options):
+    options = {"aggregator": fs.aggregators.fedavg(), **SHARED, **options}
+    return fs.Simulation(**options)
+
+
+def four_systems(**options):
+    attacked = {
+        "attack": fs.attacks.sign_flip(scale=2.0), "num_byzantine": 3, **options
+    }
+    return {
+        "clean": simulate(**options),
+        "attacked": simulate(**attacked),
+        "fltrust": simulate(aggregator=fs.aggregators.fltrust(), **attacked),
+        "dual_system": simulate(
+            aggregator=fs.aggregators.dual_system(max_byzantine=3), **attacked
+        ),
+    }
+
+
+def assert_equal(a, b):
+    def same(x, y):
+        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(same, a, b)
+
+
+def assert_close(a, b, **tolerance):
+    tolerance = {"rtol": 2e-5, "atol": 1e-6, **tolerance}
+
+    def near(x, y):
+        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, **tolerance)
+
+    jax.tree.map(near, a, b)
+
+
+def spy_rule(seen):
+    """FedAvg that records the context it is traced with."""
+    rule = fs.aggregators.fedavg()
+
+    def apply(updates, state, context):
+        seen.append(context)
+        return rule.apply(updates, state, context)
+
+    return rule._replace(apply=apply, name="spy")
+
+
+def test_one_round_of_fedavg_equals_a_loop_over_clients():
+    sim = simulate(clients=make_clients((3, 6, 5, 4) * 3))
+    state = sim.init(jax.random.key(0))
+    after, metrics = sim.step(state)
+    expected = np.zeros(0)
+    total, losses = 0.0, []
+    for i in range(N):
+        data = sim.clients.gather(jnp.int32(i))
+        key = jax.random.fold_in(rounds.stream(state, rounds.TRAIN), i)
+        update, _, info = sim.client_update.apply(
+            sim.model, key, state.params, data, (), state.round
+        )
+        size = int(data.mask.sum())
+        flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)])
+        expected = expected + size * flat if expected.size else size * flat
+        total += size
+        losses.append(float(info.loss))
+    got = np.concatenate(
+        [
+            np.ravel(a - b)
+            for a, b in zip(
+                jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True
+            )
+        ]
+    )
+    np.testing.assert_allclose(got, expected / total, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics.train_loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(metrics.aggregate_norm, np.linalg.norm(got), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics.weights, np.array([3, 6, 5, 4] * 3) / total, rtol=1e-6
+    )
+
+
+def test_training_works_and_evaluation_is_that_of_the_whole_test_set():
+    sim = simulate()
+    state, history = sim.run(jax.random.key(1), num_rounds=30, eval_every=10)
+    assert history.accuracy[-1] > 0.6
+    assert history.train_loss[-1] < 0.5 * history.train_loss[0]
+    outputs = sim.model.apply(state.params, jnp.asarray(sim.test.inputs))
+    np.testing.assert_allclose(
+        history.accuracy[-1], np.mean(np.argmax(outputs, 1) == sim.test.targets)
+    )
+    np.testing.assert_allclose(
+        history.loss[-1], np.mean(sim.model.loss(outputs, sim.test.targets)), rtol=1e-5
+    )
+
+
+def test_evaluation_in_batches_with_a_remainder(monkeypatch):
+    monkeypatch.setattr(rounds, "EVALUATION_BATCH", 7)
+    _, batched = simulate().run(jax.random.key(1), num_rounds=1)
+    monkeypatch.setattr(rounds, "EVALUATION_BATCH", 500)
+    _, whole = simulate().run(jax.random.key(1), num_rounds=1)
+    np.testing.assert_allclose(batched.accuracy, whole.accuracy, rtol=1e-6)
+    np.testing.assert_allclose(batched.loss, whole.loss, rtol=1e-5)
+
+
+def test_rounds_are_evaluated_every_k_and_at_the_end():
+    _, history = simulate().run(jax.random.key(0), num_rounds=7, eval_every=3)
+    assert np.flatnonzero(np.isfinite(history.accuracy)).tolist() == [2, 5, 6]
+    np.testing.assert_array_equal(
+        np.isnan(history.accuracy), np.isnan(history.loss)
+    )
+    assert history.round.tolist() == list(range(1, 8))
+
+
+def test_without_a_test_set_nothing_is_evaluated():
+    _, history = simulate(test=None).run(jax.random.key(0), num_rounds=2)
+    assert np.isnan(history.accuracy).all()
+
+
+@pytest.mark.parametrize("cohort", [None, 5])
+def test_chunks_do_not_change_the_run(cohort):
+    results = [
+        simulate(client_chunk=chunk, cohort_size=cohort).run(
+            jax.random.key(0), num_rounds=3
+        )[0].params
+        for chunk in (1, 5, 1000)
+    ]
+    assert_close(results[0], results[1])
+    assert_close(results[0], results[2])
+
+
+def test_segments_are_the_run_bit_for_bit():
+    systems = four_systems(cohort_size=9)
+    both = fs.compare(systems)
+    whole, history = both.run(jax.random.key(3), num_rounds=6, eval_every=2)
+    half, first = both.run(jax.random.key(3), num_rounds=4, eval_every=2, last=6)
+    rest, second = both.run(num_rounds=2, eval_every=2, states=half, last=6)
+    assert_equal(whole, rest)
+    assert_equal(history, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
+
+
+def test_steps_are_the_run():
+    sim = simulate()
+    state = sim.init(jax.random.key(0))
+    for _ in range(3):
+        state, metrics = sim.step(state)
+    final, history = sim.run(jax.random.key(0), num_rounds=3)
+    assert_equal(state, final)
+    assert_equal(metrics, jax.tree.map(lambda x: x[-1], history))
+
+
+def test_a_comparison_gives_each_system_its_own_run_in_any_order():
+    systems = four_systems(cohort_size=9)
+    # Reverse alphabetical order: jax sorts dictionary keys.
+    names = sorted(systems, reverse=True)
+    states, histories = fs.compare({n: systems[n] for n in names}).run(
+        jax.random.key(0), num_rounds=4, eval_every=2
+    )
+    assert list(states) == list(histories) == names
+    for name, sim in systems.items():
+        state, history = sim.run(jax.random.key(0), num_rounds=4, eval_every=2)
+        assert_close(states[name].params, state.params)
+        np.testing.assert_array_equal(histories[name].byzantine, history.byzantine)
+        np.testing.assert_array_equal(histories[name].client_ids, history.client_ids)
+    attacked, fltrust = histories["attacked"], histories["fltrust"]
+    np.testing.assert_array_equal(attacked.client_ids, fltrust.client_ids)
+    np.testing.assert_array_equal(attacked.byzantine, fltrust.byzantine)
+
+
+def test_seeds_side_by_side_are_the_single_runs():
+    both = fs.compare(four_systems(cohort_size=9, client_chunk=4))
+    keys = jnp.stack([jax.random.key(s) for s in (5, 6)])
+    states, histories = both.run(keys, num_rounds=3, eval_every=2)
+    assert histories["clean"].accuracy.shape == (2, 3)
+    for s, key in enumerate(keys):
+        alone, history = both.run(key, num_rounds=3, eval_every=2)
+        assert_close(jax.tree.map(lambda x, s=s: x[s], states), alone)
+        assert_close(jax.tree.map(lambda x, s=s: x[s], histories), history)
+    differ = histories["attacked"].byzantine
+    assert (differ[0] != differ[1]).any()
+    # One step goes on from several seeds, too.
+    states, metrics = both.step(states)
+    assert metrics["clean"].round.tolist() == [4, 4]
+
+
+def test_a_thousand_rounds_of_four_systems_are_one_program_without_a_retrace():
+    seen = []
+    systems = four_systems()
+    systems["attacked"] = dataclasses.replace(
+        systems["attacked"], aggregator=spy_rule(seen)
+    )
+    both = fs.compare(systems)
+    states = both.init(jax.random.key(0))
+    text = both.lower(states, 1000, 100).as_text()
+    assert text.count("func.func public @main") == 1
+    seen.clear()
+    states, history = both.run(num_rounds=1000, eval_every=100, states=states)
+    traces = len(seen)
+    assert traces <= 1
+    assert np.isfinite(history["clean"].accuracy).sum() == 10
+    both.run(num_rounds=1000, eval_every=100, states=states)
+    both.run(jax.random.key(9), num_rounds=1000, eval_every=100)
+    assert len(seen) == traces
+    # Nothing inside calls back to Python.
+    assert "callback" not in text
+
+
+def test_aggregators_are_not_told_who_is_byzantine():
+    seen = []
+    simulate(
+        aggregator=spy_rule(seen), attack=fs.attacks.sign_flip(), num_byzantine=4
+    ).run(jax.random.key(0), num_rounds=1)
+    assert seen
+    for context in seen:
+        assert context.byzantine is None
+        assert context.mask is not None
+        assert context.params is not None
+        # Nor by position: the attackers are permuted, not the first ones.
+    masks = {
+        tuple(np.asarray(simulate(
+            attack=fs.attacks.sign_flip(), num_byzantine=4
+        ).init(jax.random.key(s)).byzantine)) for s in range(6)
+    }
+    assert len(masks) > 3
+    assert all(sum(m) == 4 for m in masks)
+
+
+def test_attackers_persist_over_rounds():
+    _, history = simulate(
+        cohort_size=5, attack=fs.attacks.sign_flip(), num_byzantine=4
+    ).run(jax.random.key(0), num_rounds=20)
+    truth = {}
+    for ids, byzantine in zip(history.client_ids, history.byzantine, strict=True):
+        assert len(set(ids.tolist())) == 5
+        for i, b in zip(ids.tolist(), byzantine.tolist(), strict=True):
+            assert truth.setdefault(i, b) == b
+    assert sum(truth.values()) == 4
+    assert set(truth) == set(range(N))
+    np.testing.assert_array_equal(history.num_byzantine, history.byzantine.sum(1))
+    assert len(set(history.num_byzantine.tolist())) > 1
+
+
+def test_cohorts_are_uniform():
+    _, history = simulate(cohort_size=4, test=None).run(
+        jax.random.key(0), num_rounds=600
+    )
+    counts = np.bincount(history.client_ids.ravel(), minlength=N)
+    expected = 600 * 4 / N
+    deviation = np.sqrt(600 * (4 / N) * (1 - 4 / N))
+    assert np.all(np.abs(counts - expected) < 4 * deviation)
+
+
+def broken_attack(value, everybody=False):
+    def apply(updates, state, context):
+        bad = jnp.ones_like(context.byzantine) if everybody else context.byzantine
+
+        def spoil(x):
+            rows = bad.reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(rows, value, x)
+
+        return jax.tree.map(spoil, updates), state
+
+    return UpdateAttack(
+        init=lambda params, n: (), apply=apply, validate=lambda k, f: None,
+        knowledge="own", name="broken",
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])
+@pytest.mark.parametrize("rule", ["fedavg", "careless"])
+def test_non_finite_updates_never_reach_the_model(value, rule):
+    def careless(updates, state, context):
+        """A user's rule that ignores the mask."""
+        k = context.mask.shape[0]
+        info = AggregatorInfo(
+            jnp.full(k, 1 / k), jnp.zeros(k, bool), jnp.zeros(k)
+        )
+        return jax.tree.map(lambda x: x.mean(axis=0), updates), state, info
+
+    rules = {
+        "fedavg": fs.aggregators.fedavg(),
+        "careless": Aggregator(lambda p, n: (), careless, lambda k: None),
+    }
+    sim = simulate(
+        aggregator=rules[rule], attack=broken_attack(value), num_byzantine=4
+    )
+    state, history = sim.run(jax.random.key(0), num_rounds=10)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert history.num_nonfinite.tolist() == [4] * 10
+    np.testing.assert_array_equal(history.flagged, history.byzantine)
+    assert (history.weights[history.byzantine] == 0).all()
+    assert history.tpr.tolist() == [1.0] * 10
+    assert history.accuracy[-1] > 0.5
+    if rule == "fedavg":
+        honest = simulate(attack=broken_attack(0.0), num_byzantine=4)
+        assert np.isfinite(honest.run(jax.random.key(0), num_rounds=1)[1].loss).all()
+        assert not history.no_aggregate.any()
+
+
+@pytest.mark.parametrize("rule", sorted(fs.aggregators.REGISTRY))
+def test_with_nobody_left_the_model_stays_and_the_metrics_say_so(rule):
+    factory = fs.aggregators.REGISTRY[rule]
+    plain = rule in ("fedavg", "median", "fltrust")
+    sim = simulate(
+        aggregator=factory() if plain else factory(max_byzantine=3),
+        attack=broken_attack(np.nan, everybody=True),
+        num_byzantine=1,
+    )
+    state = sim.init(jax.random.key(0))
+    after, history = sim.run(state=state, num_rounds=2)
+    assert_equal(after.params, state.params)
+    assert history.no_aggregate.all()
+    assert (history.weights == 0).all()
+    assert history.num_nonfinite.tolist() == [N, N]
+    assert history.flagged.all()
+
+
+def test_root_update_is_local_training_on_the_root_dataset():
+    def apply(updates, state, context):
+        k = context.mask.shape[0]
+        info = AggregatorInfo(jnp.ones(k) / k, jnp.zeros(k, bool), jnp.zeros(k))
+        return context.root_update, state, info
+
+    rule = Aggregator(
+        lambda p, n: (), apply, lambda k: None, frozenset({"root_update"}), "root"
+    )
+    sim = simulate(aggregator=rule)
+    # 6 samples in batches of 3: two steps, whatever the size of the root dataset.
+    assert sim.root_steps == 2
+    state = sim.init(jax.random.key(0))
+    after, _ = sim.step(state)
+    root = ClientData(jnp.asarray(sim.root.inputs), jnp.asarray(sim.root.targets), None)
+    expected, _, _ = sim.client_update.with_steps(2).apply(
+        sim.model, rounds.stream(state, rounds.ROOT), state.params, root, (), 0
+    )
+    assert_close(
+        jax.tree.map(jnp.subtract, after.params, state.params), expected, atol=1e-6
+    )
+
+
+def test_root_steps_by_default_are_a_mean_client_s():
+    sim = simulate(
+        aggregator=fs.aggregators.fltrust(), clients=make_clients((3, 9) * 6)
+    )
+    assert sim.root_steps == 2
+    assert simulate(aggregator=fs.aggregators.fltrust(), root_steps=7).root_steps == 7
+
+
+def test_data_attack_poisons_byzantine_clients_only():
+    def poison(key, data, context):
+        return data._replace(targets=(data.targets + 1) % L)
+
+    flip = DataAttack(poison, lambda num_classes: None, "shift")
+    honest = simulate(cohort_size=8)
+    poisoned = simulate(cohort_size=8, data_attack=flip, num_byzantine=5)
+    both = fs.compare({"honest": honest, "poisoned": poisoned})
+    states = both.init(jax.random.key(0))
+    arrays = both._arrays
+    trained = rounds.train_cohorts(both.systems, states, arrays)
+    ids, clean, _, _ = trained["honest"]
+    _, dirty, _, _ = trained["poisoned"]
+    byzantine = np.asarray(states["poisoned"].byzantine[ids])
+    assert 0 < byzantine.sum() < 8
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        changed = (np.asarray(a) != np.asarray(b)).reshape(8, -1).any(axis=1)
+        np.testing.assert_array_equal(changed, byzantine)
+
+
+def test_two_different_data_attacks_in_one_comparison():
+    def shift(by):
+        def poison(key, data, context):
+            return data._replace(targets=(data.targets + by) % L)
+
+        return DataAttack(poison, lambda num_classes: None, f"shift {by}")
+
+    systems = {
+        f"shift {by}": simulate(data_attack=shift(by), num_byzantine=6) for by in (1, 2)
+    }
+    states, _ = fs.compare(systems).run(jax.random.key(0), num_rounds=2)
+    for name, sim in systems.items():
+        alone, _ = sim.run(jax.random.key(0), num_rounds=2)
+        assert_close(states[name].params, alone.params)
+
+
+def test_fork_goes_on_from_another_system():
+    clean = simulate()
+    trained, _ = clean.run(jax.random.key(0), num_rounds=4)
+    attacked = simulate(
+        aggregator=fs.aggregators.dual_system(max_byzantine=3, variant="dynamic_trust"),
+        attack=fs.attacks.sign_flip(), num_byzantine=3,
+        server_optimizer=optax.sgd(1.0, momentum=0.5),
+    )
+    with pytest.raises(ValueError, match="fork"):
+        attacked.run(state=trained, num_rounds=1)
+    state = attacked.fork(trained)
+    assert_equal(state.params, trained.params)
+    assert int(state.round) == 4
+    assert int(state.byzantine.sum()) == 3
+    np.testing.assert_array_equal(
+        state.byzantine, attacked.init(jax.random.key(0)).byzantine
+    )
+    _, history = attacked.run(state=state, num_rounds=2)
+    assert history.round.tolist() == [5, 6]
+
+
+def test_server_optimizer_sees_minus_the_aggregate():
+    def params_after(**options):
+        sim = simulate(**options)
+        state, _ = sim.run(jax.random.key(0), num_rounds=1)
+        start = sim.init(jax.random.key(0)).params
+        return jax.tree.map(jnp.subtract, state.params, start)
+
+    plain = params_after()
+    halved = params_after(server_optimizer=optax.sgd(0.5))
+    assert_close(jax.tree.map(lambda x: 0.5 * x, plain), halved)
+
+
+def test_client_state_is_kept_by_id_under_sampling():
+    base = fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=3)
+
+    def apply(model, key, params, data, state, round):
+        update, _, _ = base.apply(model, key, params, data, (), round)
+        return update, state + 1, ClientInfo(loss=state.astype(jnp.float32))
+
+    counting = base._replace(init=lambda p: jnp.zeros((), jnp.int32), apply=apply)
+    sim = simulate(client_update=counting, cohort_size=5)
+    state, history = sim.run(jax.random.key(0), num_rounds=8)
+    np.testing.assert_array_equal(
+        state.clients, np.bincount(history.client_ids.ravel(), minlength=N)
+    )
+
+
+def test_attack_state_and_rule_state_pass_from_round_to_round():
+    def apply(updates, state, context):
+        scale = jnp.where(context.byzantine, state, 1.0)
+        scaled = jax.tree.map(
+            lambda x: x * scale.reshape(-1, *[1] * (x.ndim - 1)), updates
+        )
+        return scaled, state * 10
+
+    growing = UpdateAttack(
+        lambda p, n: jnp.float32(1.0), apply, lambda k, f: None, "own", name="growing"
+    )
+    state, _ = simulate(attack=growing, num_byzantine=1).run(
+        jax.random.key(0), num_rounds=3
+    )
+    np.testing.assert_allclose(state.attack, 1000.0)
+
+
+def test_golden_trajectory():
+    """The numbers of a tiny run, so that a change of stream or order is noticed."""
+    _, history = fs.compare(four_systems(cohort_size=9)).run(
+        jax.random.key(0), num_rounds=3
+    )
+    for name, golden in GOLDEN.items():
+        np.testing.assert_allclose(history[name].train_loss, golden, atol=2e-4)
+
+
+GOLDEN = {
+    "clean": [2.4350, 1.7265, 1.3676],
+    "attacked": [2.5343, 2.0463, 1.7617],
+    "fltrust": [2.5343, 1.9954, 1.4912],
+    "dual_system": [2.5343, 1.9872, 1.4353],
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cohort_size": 0}, "cohort_size must be from 1"),
+        ({"cohort_size": N + 1}, "cohort_size must be from 1"),
+        ({"num_byzantine": N, "attack": fs.attacks.sign_flip()}, "somebody is honest"),
+        ({"num_byzantine": -1}, "num_byzantine must be from 0"),
+        ({"num_byzantine": 2}, "there is no attack"),
+        ({"aggregator": fs.aggregators.fltrust(), "root": None}, "needs a root dataset"),
+        ({"root": None, "root_steps": 3}, "no root dataset"),
+        ({"root_steps": 0}, "root_steps must be >= 1"),
+        ({"client_chunk": 0}, "client_chunk must be >= 1"),
+        ({"clients": make_clients((6, 0, 6))}, "1 of 3 clients have no samples"),
+        ({"clients": make_clients((6, 2, 6))}, "batch_size=3 is larger"),
+        ({"root": examples(2)}, "root dataset cannot be trained on"),
+        ({"aggregator": fs.aggregators.krum(max_byzantine=5)}, "krum"),
+        (
+            {"aggregator": fs.aggregators.krum(max_byzantine=3), "cohort_size": 8},
+            "krum",
+        ),
+        (
+            {"attack": fs.attacks.alie(), "num_byzantine": 8},
+            "alie",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregator": fs.aggregators.median}, "forget to call the factory"),
+        ({"attack": fs.attacks.label_flip(num_classes=L)}, "Pass it as data_attack="),
+        ({"data_attack": fs.attacks.sign_flip()}, "Pass it as attack="),
+        ({"clients": None}, "clients must be a Clients"),
+        ({"test": np.zeros(3)}, "test must be a Examples"),
+    ],
+)
+def test_values_in_the_wrong_place_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        simulate(**options)
+
+
+def test_bad_runs_are_refused():
+    sim = simulate()
+    state = sim.init(jax.random.key(0))
+    with pytest.raises(ValueError, match="num_rounds must be >= 1; got 0"):
+        sim.run(jax.random.key(0), num_rounds=0)
+    with pytest.raises(ValueError, match="eval_every must be >= 1"):
+        sim.run(jax.random.key(0), num_rounds=1, eval_every=0)
+    with pytest.raises(ValueError, match="exactly one of key"):
+        sim.run(num_rounds=1)
+    with pytest.raises(ValueError, match="exactly one of key"):
+        sim.run(jax.random.key(0), num_rounds=1, state=state)
+    with pytest.raises(TypeError, match="typed PRNG key"):
+        sim.run(jax.random.PRNGKey(0), num_rounds=1)
+    with pytest.raises(TypeError, match="typed PRNG key"):
+        sim.init(0)
+
+
+def test_comparisons_that_cannot_be_fair_are_refused():
+    with pytest.raises(ValueError, match="at least one simulation"):
+        fs.compare({})
+    with pytest.raises(ValueError, match="differ in clients"):
+        fs.compare({"a": simulate(), "b": simulate(clients=make_clients())})
+    with pytest.raises(ValueError, match="differ in cohort_size"):
+        fs.compare({"a": simulate(), "b": simulate(cohort_size=3)})
+    fltrust = fs.aggregators.fltrust()
+    with pytest.raises(ValueError, match="share root and root_steps"):
+        fs.compare(
+            {
+                "a": simulate(aggregator=fltrust),
+                "b": simulate(aggregator=fltrust, root_steps=9),
+            }
+        )
+
+
+def test_parameters_keep_the_model_s_own_structure():
+    sim = simulate()
+    assert set(sim.init(jax.random.key(0)).params["Dense_0"]) == {"kernel", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "size"), [(100, 30, 25), (100, 1, 1), (7, 5, 1), (7, 9, 7)]
+)
+def test_largest_divisor(count, limit, size):
+    assert rounds.largest_divisor(count, limit) == size
