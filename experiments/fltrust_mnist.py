@@ -5,13 +5,13 @@ minibatches, in one compiled program: FedAvg without an attack, FedAvg under att
 FLTrust, and the Dual-System (FLTrust + Multi-Krum).
 
 Presets:
-  table   the seed study's section 4 (default): MNIST, FLTrust's CNN, 100 clients with two
-          label shards each, 10 of them a round, 5 local epochs, batch 10, rate 0.01, 100
-          rounds of every system.
+  table   the seed study's section 4 (default): MNIST, FLTrust's CNN, 100 clients with
+          two label shards each, 10 of them a round, 5 local epochs, batch 10, rate
+          0.01, 100 rounds of every system.
   paper   its section 2: 1000 clean rounds, then 200 under attack and 200 defended, all
           forked from the same clean state. --cohort all trains all 100 clients a round.
-  demo    scikit-learn's embedded 8x8 digits, 100 clients all training, 100 rounds: about
-          a minute on two cores.
+  demo    scikit-learn's embedded 8x8 digits, 100 clients all training, 100 rounds:
+          about a minute on two cores.
 
 Example:
   python -m experiments.fltrust_mnist --preset table --data-dir DIR --out runs/table
@@ -21,7 +21,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import optax
@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import runner
+from experiments import results, runner
 from fedjax_sim.registry import lookup
 from fedjax_sim.types import Aggregator, DataAttack, UpdateAttack
 
@@ -61,6 +61,8 @@ class Config:
     (FLTrust + Multi-Krum) from the same start, on the same clients, attackers, cohorts
     and minibatches, in one compiled program.
     """
+
+    STUDY: ClassVar[str] = "fltrust_mnist"
 
     preset: Literal["table", "paper", "demo"] = "table"
     """Starting values of the other options. table: the seed study's section 4, MNIST,
@@ -106,7 +108,7 @@ class Config:
     root_size: int = 100
     """Clean samples of the server, disjoint from every client and from the test set."""
     root_bias: float | None = None
-    """Share of the root dataset's first class; default: as in the training data."""
+    """Share of class 1 in the root dataset (FLTrust's bias); default: none."""
     root_steps: int | None = None
     """Local steps of the root update. Default: as many as a client takes."""
 
@@ -124,8 +126,8 @@ class Config:
     attack: str = "sign_flip"
     """sign_flip, gaussian, scaling, ipm, alie or label_flip."""
     attack_strength: float | None = None
-    """sign_flip: scale; gaussian: std; scaling: factor; ipm: epsilon; alie: z; label_flip:
-    fraction of samples. Default: the attack's own default."""
+    """sign_flip: scale; gaussian: std; scaling: factor; ipm: epsilon; alie: z;
+    label_flip: fraction of samples. Default: the attack's own default."""
     attackers: float = 0.2
     """Fraction of all clients that are Byzantine, in [0, 1)."""
     aggregators: tuple[str, ...] = ("fedavg", "fltrust", "dual_system")
@@ -156,7 +158,7 @@ PRESETS: dict[str, Config] = {
 
 def parse(arguments: list[str]) -> Config:
     """The configuration of a command line: its preset, then its options."""
-    preset = "table"
+    preset: str = Config.preset
     for i, word in enumerate(arguments):
         if word == "--preset" and i + 1 < len(arguments):
             preset = arguments[i + 1]
@@ -227,8 +229,15 @@ def make_partition(config: Config) -> fs.data.Partition:
     return factory(**options.get(config.partition, {}))
 
 
-def make_phases(config: Config) -> list[runner.Phase]:
-    """Loads the data and builds every system; raises ValueError on a bad setting."""
+def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
+    """Loads the data and builds every system.
+
+    Returns:
+        The phases, and where the data came from.
+
+    Raises:
+        ValueError: a bad setting.
+    """
     runner.check_common(config)
     if not 0 <= config.attackers < 1:
         raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
@@ -240,7 +249,8 @@ def make_phases(config: Config) -> list[runner.Phase]:
         raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
     # Names first: they cost nothing, loading the data may.
     partition = make_partition(config)
-    lookup("attack", config.attack, fs.attacks.UPDATE_ATTACKS | fs.attacks.DATA_ATTACKS)
+    attacks = fs.attacks.UPDATE_ATTACKS | fs.attacks.DATA_ATTACKS
+    lookup("attack", config.attack, attacks)
     make_model = lookup("model", config.model, fs.models.MODELS)
     f = assumed_byzantine(config)
     rules = {name: make_aggregator(name, f) for name in config.aggregators}
@@ -270,18 +280,19 @@ def make_phases(config: Config) -> list[runner.Phase]:
     }
     attack = make_attack(config, data.num_classes)
     field = "data_attack" if isinstance(attack, DataAttack) else "attack"
-    attacked = {field: attack, "num_byzantine": num_attackers(config)}
+    attacked: dict[str, Any] = {field: attack, "num_byzantine": num_attackers(config)}
     clean = fs.Simulation(aggregator=fs.aggregators.fedavg(), **shared)
     systems = {
         name: fs.Simulation(aggregator=rule, **attacked, **shared)
         for name, rule in rules.items()
     }
     if config.attack_rounds == 0:
-        return [runner.Phase("all", {CLEAN: clean, **systems}, config.rounds)]
+        whole = runner.Phase("all", {CLEAN: clean, **systems}, config.rounds)
+        return [whole], data.source
     fork = runner.Phase(
         f"attacked-from-{config.rounds}", systems, config.attack_rounds, CLEAN
     )
-    return [runner.Phase("clean", {CLEAN: clean}, config.rounds), fork]
+    return [runner.Phase("clean", {CLEAN: clean}, config.rounds), fork], data.source
 
 
 def report(config: Config, result: runner.Result, console: Console) -> None:
@@ -305,33 +316,42 @@ def report(config: Config, result: runner.Result, console: Console) -> None:
     if detecting:
         fs.report.detection_plot(histories, config.out / "detection.png")
         console.print(fs.report.rich_table(*detection, title="Detection, whole run"))
-    runner.write_summary(config, result, {"max_byzantine": assumed_byzantine(config)})
+    results.write_summary(
+        config,
+        histories,
+        result.compile_seconds,
+        result.run_seconds,
+        {"max_byzantine": assumed_byzantine(config)},
+    )
     command = " ".join(["python -m experiments.fltrust_mnist", *sys.argv[1:]])
     notes = [
         f"# FLTrust against the Dual-System: {config.dataset}, {config.attack}",
         f"`{command}`",
         f"{num_attackers(config)} of {config.clients} clients Byzantine, "
         f"{cohort_size(config)} a round, f = {assumed_byzantine(config)} assumed; seed "
-        f"{config.seed}" + (f" and {config.num_seeds - 1} more" * (config.num_seeds > 1))
+        f"{config.seed}"
+        + (f" and {config.num_seeds - 1} more" * (config.num_seeds > 1))
         + f". {result.compile_seconds:.0f} s compiling, {result.run_seconds:.0f} s "
         "running in this process.",
-        "; ".join(f"{k} {v}" for k, v in runner.versions().items()),
+        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
         "## Test accuracy",
         fs.report.markdown_table(header, rows),
         *(
-            ["Rows marked (seed document) are the source document's own figures, from "
-             "an implementation and an attack it does not specify."]
+            [
+                "Rows marked (seed document) are the source document's own figures, "
+                "from an implementation and an attack it does not specify."
+            ]
             if reference
             else []
         ),
         "## Detection",
-        "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, false "
-        "alarms), mean over rounds; FNR, missing alarms, is 1 - TPR.",
+        "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, "
+        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR.",
         fs.report.markdown_table(*detection),
         "![accuracy](accuracy.png)",
         *(["![detection](detection.png)"] if detecting else []),
     ]
-    runner.write_atomically(config.out / "summary.md", "\n\n".join(notes) + "\n")
+    results.write_atomically(config.out / "summary.md", "\n\n".join(notes) + "\n")
     console.print(f"results in {config.out}")
 
 
@@ -354,22 +374,38 @@ def _detection_rows(
         nonfinite = int(np.sum(history.num_nonfinite))
         stuck = int(np.sum(history.no_aggregate))
         rows.append((name, *rates, str(nonfinite), str(stuck)))
-    header = ("system", "TPR", "FPR", "FNR", "non-finite updates", "rounds without update")
+    header = (
+        "system",
+        "TPR",
+        "FPR",
+        "FNR",
+        "non-finite updates",
+        "rounds without update",
+    )
     return header, rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    console = Console(highlight=False)
+def run(config: Config, console: Console) -> runner.Result:
+    """Checks everything, runs or resumes, and writes the results.
+
+    Raises:
+        ValueError: a bad option, before any training.
+    """
+    runner.check_out(config)
+    runner.enable_compilation_cache()
+    phases, source = make_phases(config)
+    runner.open_out(config, source)
+    result = runner.run_study(config, phases, console)
+    report(config, result, console)
+    return result
+
+
+def main() -> None:
+    config = parse(sys.argv[1:])
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        runner.check_out(config)
-        runner.enable_compilation_cache()
-        phases = make_phases(config)
-        runner.open_out(config)
-        result = runner.run_study(config, phases, console)
+        run(config, Console(highlight=False))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    report(config, result, console)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,8 @@ a key or forked from a system of the phase before. Between the segments of a pha
 checkpoint is written and progress is shown; inside there is only the compiled scan.
 """
 
-import csv
-import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,28 +25,18 @@ from rich.progress import (
 )
 
 import fedjax_sim as fs
+from experiments.results import (
+    WHERE,
+    as_json,
+    config_key,
+    versions,
+    write_atomically,
+    write_clients,
+    write_metrics,
+)
 from fedjax_sim import checkpoint
 
-# Options that do not change what a round computes: they are not part of a run's key.
-NOT_IN_KEY = ("out", "data_dir", "resume", "segment", "rounds", "preset")
-# Per-round scalars of a history that go to metrics.csv, in this order.
-METRICS = (
-    "accuracy",
-    "loss",
-    "train_loss",
-    "aggregate_norm",
-    "num_byzantine",
-    "num_flagged",
-    "num_nonfinite",
-    "no_aggregate",
-    "tpr",
-    "fpr",
-    "fnr",
-)
-CLIENT_RECORDS = ("client_ids", "byzantine", "weights", "flagged", "scores")
-PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 LONG_RUN = 5e9  # parameters x local steps above which the time is estimated first
-TAIL = 5  # evaluations in the reported mean over the last ones
 
 
 class Phase(NamedTuple):
@@ -80,18 +64,6 @@ class Result(NamedTuple):
     run_seconds: float
 
 
-def config_key(config: Any) -> str:
-    """Hash of everything that changes a run's numbers."""
-    fields = {k: v for k, v in as_json(config).items() if k not in NOT_IN_KEY}
-    text = json.dumps({"study": type(config).__module__, **fields}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def as_json(config: Any) -> dict[str, Any]:
-    """The configuration as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
 def check_common(config: Any) -> None:
     """Validates the options every study has, before anything slow.
 
@@ -100,8 +72,10 @@ def check_common(config: Any) -> None:
     """
     for name in ("rounds", "eval_every", "num_seeds"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got "
-                             f"{getattr(config, name)}.")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1; got "
+                f"{getattr(config, name)}."
+            )
     if config.segment is not None and config.segment < 1:
         raise ValueError(f"--segment must be at least 1; got {config.segment}.")
     if config.seed < 0:
@@ -112,8 +86,8 @@ def check_out(config: Any) -> None:
     """Checks the run directory before anything slow: new, or the same run to resume.
 
     Raises:
-        ValueError: it holds results and ``resume`` is not set, nothing to resume, another
-            run's configuration, or a folder that cannot be written.
+        ValueError: it holds results and ``resume`` is not set, nothing to resume,
+            another run's configuration, or a folder that cannot be written.
     """
     out: Path = config.out
     file = out / "config.json"
@@ -121,7 +95,7 @@ def check_out(config: Any) -> None:
     if file.exists():
         try:
             found = json.loads(file.read_text())
-            old, old_key = found["config"], found["key"]
+            old, old_key, _ = found["config"], found["key"], found["data"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is not a run's configuration ({error}). Choose another --out."
@@ -136,7 +110,7 @@ def check_out(config: Any) -> None:
             changed = sorted(
                 k
                 for k in old.keys() | new.keys()
-                if k not in NOT_IN_KEY and old.get(k) != new.get(k)
+                if k not in (*WHERE, "rounds") and old.get(k) != new.get(k)
             )
             what = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed)
             raise ValueError(
@@ -163,35 +137,37 @@ def _unwritable(out: Path, why: str | None) -> ValueError:
     )
 
 
-def open_out(config: Any) -> None:
-    """Makes the run directory and writes ``config.json``, just before training."""
+def open_out(config: Any, source: str) -> None:
+    """Makes the run directory and writes ``config.json``, just before training.
+
+    Args:
+        config: the study's configuration.
+        source: ``Dataset.source``, with the fingerprint of the data that was found.
+
+    Raises:
+        ValueError: the run to resume was trained on other data, or the folder cannot be
+            written.
+    """
     out: Path = config.out
-    key = config_key(config)
-    content = {"key": key, "config": as_json(config), "versions": versions()}
+    file = out / "config.json"
+    content = {
+        "key": config_key(config),
+        "config": as_json(config),
+        "data": source,
+        "versions": versions(),
+    }
+    if config.resume:
+        before = json.loads(file.read_text())["data"]
+        if before != source:
+            raise ValueError(
+                f"--resume: {out} was started on other data ({before}; now {source}). "
+                "Point --data-dir to the data it was started with."
+            )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(file, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise _unwritable(out, error.strerror) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    device = jax.devices()[0]
-    found["device"] = f"{len(jax.devices())} x {device.device_kind}"
-    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
-    return found
 
 
 def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
@@ -231,7 +207,8 @@ def _run_phase(
     directory = config.out / "checkpoints" / phase.name
     first = _round_of(states)
     last = first + phase.num_rounds
-    done, history = first, None
+    done = first
+    history: dict[str, fs.History] = {}
     latest = checkpoint.latest_round(directory)
     if latest is not None:
         if latest > last:
@@ -271,7 +248,9 @@ def _run_phase(
                 )
             )
             seconds["run"] += took
-            history = new if history is None else _append(history, new)
+            if history:
+                new = {n: _append(history[n], new[n]) for n in new}
+            history = new
             done += length
             checkpoint.save(directory, done, (states, history))
             shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
@@ -300,9 +279,9 @@ def _round_of(states: Mapping[str, fs.RoundState]) -> int:
     return int(np.ravel(next(iter(states.values())).round)[0])
 
 
-def _append(old: dict[str, fs.History], new: dict[str, fs.History]) -> Any:
+def _append(old: fs.History, new: fs.History) -> fs.History:
     """Joins two stretches of a run on the round axis (after the seed axis, if any)."""
-    axis = np.ndim(next(iter(new.values())).round) - 1
+    axis = np.ndim(new.round) - 1
     return jax.tree.map(lambda a, b: np.concatenate([a, b], axis=axis), old, new)
 
 
@@ -355,8 +334,10 @@ def announce_duration(
     sim = next(iter(sims))
     sizes = np.asarray(sim.clients.sizes())
     steps = float(np.mean(sim.client_update.num_steps(sizes))) * sim.cohort_size
-    steps = config.num_seeds * num_rounds * sum(
-        steps + ("root_update" in s.needs) * (s.root_steps or 0) for s in sims
+    steps = (
+        config.num_seeds
+        * num_rounds
+        * sum(steps + ("root_update" in s.needs) * (s.root_steps or 0) for s in sims)
     )
     params = sim.model.init(jax.random.key(0))
     if steps * sum(leaf.size for leaf in jax.tree.leaves(params)) < LONG_RUN:
@@ -374,9 +355,9 @@ def announce_duration(
 
         return jax.vmap(one)(np.arange(chunk))
 
-    probe = probe.lower(sim.clients, params).compile()
-    jax.block_until_ready(probe(sim.clients, params))
-    took = min(_timed(lambda: probe(sim.clients, params))[0] for _ in range(3))
+    compiled = probe.lower(sim.clients, params).compile()
+    jax.block_until_ready(compiled(sim.clients, params))
+    took = min(_timed(lambda: compiled(sim.clients, params))[0] for _ in range(3))
     total = took / (probe_steps * chunk) * steps
     console.print(
         f"{num_rounds} rounds of {len(comparison.systems)} systems are "
@@ -394,82 +375,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _seed_rows(values: Any, seeds: bool) -> np.ndarray:
-    return np.asarray(values) if seeds else np.asarray(values)[None]
-
-
-def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> None:
-    """``system,seed,round,metric,value``; a row per value that exists (no NaN rows)."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["system", "seed", "round", "metric", "value"])
-        for system, history in histories.items():
-            seeds = np.ndim(history.round) == 2
-            rounds = _seed_rows(history.round, seeds)
-            columns = {m: _seed_rows(getattr(history, m), seeds) for m in METRICS}
-            for s in range(len(rounds)):
-                for r, number in enumerate(rounds[s]):
-                    for metric, values in columns.items():
-                        value = float(values[s, r])
-                        if not np.isnan(value):
-                            writer.writerow(
-                                [system, seed + s, number, metric, f"{value:.9g}"]
-                            )
-    os.replace(temporary, path)
-
-
-def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
-    """Per-client records, ``system/field`` -> ``[(seeds,) rounds, cohort]``."""
-    arrays = {}
-    for system, history in histories.items():
-        for field in CLIENT_RECORDS:
-            arrays[f"{system}/{field}"] = np.asarray(getattr(history, field))
-        for field, values in history.details.items():
-            arrays[f"{system}/{field}"] = np.asarray(values)
-    temporary = path.with_name("tmp-" + path.name)
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, path)
-
-
-def summarise(history: fs.History) -> dict[str, Any]:
-    """Final value, mean of the last evaluations, and spread over seeds, per metric."""
-    seeds = np.ndim(history.round) == 2
-    summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
-    for metric in METRICS:
-        values = _seed_rows(getattr(history, metric), seeds).astype(np.float64)
-        known = values[:, ~np.isnan(values).all(axis=0)]
-        if not known.size:
-            summary[metric] = None
-            continue
-        tail = np.nanmean(known[:, -TAIL:], axis=1)
-        whole = np.nanmean(known, axis=1)
-        summary[metric] = {
-            "final": float(np.nanmean(known[:, -1])),
-            f"mean_of_last_{TAIL}": float(np.nanmean(tail)),
-            "mean_of_run": float(np.nanmean(whole)),
-            "spread_over_seeds": float(np.nanstd(known[:, -1])) if seeds else None,
-        }
-    return summary
-
-
-def write_summary(config: Any, result: Result, extra: dict[str, Any]) -> None:
-    """``summary.json``: every system's metrics, versions, device and seconds."""
-    content = {
-        "key": config_key(config),
-        "command": " ".join(["python", "-m", type(config).__module__, *sys.argv[1:]]),
-        "systems": {n: summarise(h) for n, h in result.histories.items()},
-        "versions": versions(),
-        "compile_seconds": round(result.compile_seconds, 3),
-        "run_seconds": round(result.run_seconds, 3),
-        **extra,
-    }
-    write_atomically(config.out / "summary.json", json.dumps(content, indent=2) + "\n")
-
-
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between processes, in the user's cache folder."""
     from fedjax_sim.data.cache import cache_dir
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))

@@ -1,7 +1,7 @@
 """Checkpoints of a run and the final model, with orbax.
 
-A checkpoint holds every system's ``RoundState`` and the history so far. It is written to
-a temporary folder and renamed, so a killed process leaves the one before it whole.
+A checkpoint holds every system's ``RoundState`` and the history so far. It is written
+to a temporary folder and renamed, so a killed process leaves the one before it whole.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def manifest(tree: PyTree) -> dict[str, str]:
 
 
 def save(directory: Path, round: int, tree: PyTree) -> None:
-    """Writes ``tree`` as the checkpoint of ``round``, and drops all but the last two."""
+    """Writes ``tree`` as the checkpoint of ``round``; drops all but the last two."""
     with ocp.training.Checkpointer(
         directory.absolute(),
         preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
@@ -81,9 +81,9 @@ def load(directory: Path, round: int, template: Callable[[int], PyTree]) -> PyTr
     differing = sorted(k for k in want | found if want.get(k) != found.get(k))
     key = differing[0]
     raise ValueError(
-        f"the checkpoint {where} is not of this run: {len(differing)} arrays differ, the "
-        f"first is {key}: expected {want.get(key)}, found {found.get(key)}. Resume with "
-        "the program and options that wrote it."
+        f"the checkpoint {where} is not of this run: {len(differing)} arrays differ, "
+        f"the first is {key}: expected {want.get(key)}, found {found.get(key)}. Resume "
+        "with the program and options that wrote it."
     )
 
 

@@ -1,7 +1,7 @@
 """Local training, written for one client."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from fedjax_sim.models import Model
 from fedjax_sim.types import Array, ClientData, ClientInfo, ClientUpdate, Params, PyTree
 
-Optimizer = optax.GradientTransformation | Callable[[Array], Any]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Array], Any]
 
 
 def local_sgd(
@@ -25,9 +25,9 @@ def local_sgd(
 
     ``w <- optimizer(w, grad 1/|B| sum_{i in B} loss(w; x_i, y_i))`` for every minibatch
     B; the update is the final ``w`` minus the server's. Each epoch is a fresh
-    permutation of the client's samples cut into ``ceil(size / batch_size)`` batches (the
-    last may be smaller), so a client with fewer samples takes fewer steps. The optimizer
-    starts afresh every round: a schedule counts local steps.
+    permutation of the client's samples cut into ``ceil(size / batch_size)`` batches
+    (the last may be smaller), so a client with fewer samples takes fewer steps. The
+    optimizer starts afresh every round: a schedule counts local steps.
 
     Args:
         optimizer: any optax transformation; or a function from the round (``int32 []``,
@@ -53,7 +53,8 @@ def local_sgd(
             "local_sgd needs exactly one of epochs and steps; got "
             f"epochs={epochs}, steps={steps}. Drop one of them."
         )
-    for name, value in (("epochs", epochs), ("steps", steps), ("batch_size", batch_size)):
+    counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"local_sgd needs {name} >= 1; got {name}={value}.")
 
@@ -68,8 +69,8 @@ def local_sgd(
         if batch_size > smallest:
             raise ValueError(
                 f"batch_size={batch_size} is larger than the smallest client "
-                f"({smallest} samples). Lower batch_size to {smallest}, or give clients "
-                "more data (dirichlet: min_size; fewer clients)."
+                f"({smallest} samples). Lower batch_size to {smallest}, or give "
+                "clients more data (dirichlet: min_size; fewer clients)."
             )
 
     def apply(
@@ -85,7 +86,12 @@ def local_sgd(
         # Without padding the size, and so every loop below, is static.
         size = padded if data.mask is None else data.mask.sum(dtype=jnp.int32)
         batches = -(-size // batch_size)
-        total = epochs * batches if steps is None else steps
+        total: int | Array
+        if steps is not None:
+            total = steps
+        else:
+            assert epochs is not None
+            total = epochs * batches
         whole = data.mask is None and padded % batch_size == 0
 
         def loss_of(params: Params, rows: Array, valid: Array | None) -> Array:

@@ -14,14 +14,14 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
         ValueError: unknown name; says the nearest match and every valid name.
 
     Example:
-        >>> lookup("aggregator", "krumm", {"krum": 1, "median": 2})
+        >>> lookup("aggregator", "krumm", {"krum": 1, "mean": 2})
         Traceback (most recent call last):
         ...
-        ValueError: unknown aggregator 'krumm'. Did you mean 'krum'? Valid: krum, median.
+        ValueError: unknown aggregator 'krumm'. Did you mean 'krum'? Valid: krum, mean.
     """
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), table, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
         f"unknown {kind} {name!r}.{hint} Valid: {', '.join(sorted(table))}."

@@ -19,6 +19,7 @@ from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
 from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
+    AnyArray,
     Array,
     ClientInfo,
     Clients,
@@ -41,8 +42,8 @@ class RoundState(NamedTuple):
     """All that passes from one round to the next: the scan's only carry.
 
     ``byzantine`` is ``bool [N]``, the persistent attackers; ``aggregator``, ``attack``,
-    ``optimizer`` and ``clients`` (leading axis N) are what each of those remembers. With
-    several seeds every leaf has a leading seed axis.
+    ``optimizer`` and ``clients`` (leading axis N) are what each of those remembers.
+    With several seeds every leaf has a leading seed axis.
     """
 
     params: Params
@@ -82,24 +83,24 @@ class History(NamedTuple):
         details: the rule's further per-client arrays ``[R, k]`` by name.
     """
 
-    round: Array
-    accuracy: Array
-    loss: Array
-    train_loss: Array
-    aggregate_norm: Array
-    num_byzantine: Array
-    num_flagged: Array
-    num_nonfinite: Array
-    no_aggregate: Array
-    tpr: Array
-    fpr: Array
-    fnr: Array
-    client_ids: Array
-    byzantine: Array
-    weights: Array
-    flagged: Array
-    scores: Array
-    details: dict[str, Array]
+    round: AnyArray
+    accuracy: AnyArray
+    loss: AnyArray
+    train_loss: AnyArray
+    aggregate_norm: AnyArray
+    num_byzantine: AnyArray
+    num_flagged: AnyArray
+    num_nonfinite: AnyArray
+    no_aggregate: AnyArray
+    tpr: AnyArray
+    fpr: AnyArray
+    fnr: AnyArray
+    client_ids: AnyArray
+    byzantine: AnyArray
+    weights: AnyArray
+    flagged: AnyArray
+    scores: AnyArray
+    details: Mapping[str, AnyArray]
 
 
 class Arrays(NamedTuple):
@@ -116,6 +117,7 @@ def stream(state: RoundState, which: int) -> Array:
 
 
 def initial_state(sim: "Simulation", key: Array) -> RoundState:
+    """The state before round 0: parameters drawn from the key, nothing remembered."""
     params = sim.model.init(jax.random.fold_in(key, INIT))
     return fresh_state(sim, params, key, jnp.zeros((), jnp.int32))
 
@@ -176,7 +178,7 @@ def make_trainer(
     padded: bool,
     chunk: int,
 ) -> Any:
-    """``(clients, params [S, ...], rows [R]) -> (updates, states, ClientInfo) [R, ...]``.
+    """``(clients, params [S, ...], rows [R]) -> (updates, states, info) [R, ...]``.
 
     ``chunk`` rows at a time are vmapped, chunks run one after the other. vmapping the
     trainer itself (over seeds) only adds rows, so seeds run at the speed of clients.
@@ -190,7 +192,9 @@ def make_trainer(
         for position, attack in enumerate(data_attacks):
             poisoned = attack.poison(row.poison_key, data, context)
             chosen = row.poison == position
-            data = jax.tree.map(lambda a, b, c=chosen: jnp.where(c, a, b), poisoned, data)
+            data = jax.tree.map(
+                lambda a, b, c=chosen: jnp.where(c, a, b), poisoned, data
+            )
         start = jax.tree.map(lambda x: x[row.system], params)
         return update.apply(model, row.key, start, data, row.state, row.round)
 
@@ -254,7 +258,10 @@ def make_evaluator(model: Model) -> Any:
 
         def batch(rows: Array) -> tuple[Array, Array]:
             valid, rows = rows < count, jnp.minimum(rows, count - 1)
-            outputs, targets = model.apply(params, test.inputs[rows]), test.targets[rows]
+            outputs, targets = (
+                model.apply(params, test.inputs[rows]),
+                test.targets[rows],
+            )
             return (
                 jnp.where(valid, outputs.argmax(axis=-1) == targets, False).sum(),
                 jnp.where(valid, model.loss(outputs, targets), 0.0).sum(),
@@ -269,7 +276,7 @@ def make_evaluator(model: Model) -> Any:
 def train_cohorts(
     sims: Mapping[str, "Simulation"], states: Mapping[str, RoundState], arrays: Arrays
 ) -> dict[str, tuple[Array, PyTree, PyTree, ClientInfo]]:
-    """Trains the cohort of every system: name -> (ids, updates, states, info), by row."""
+    """Trains every system's cohort: name -> (ids, updates, states, info), by row."""
     first = next(iter(sims.values()))
     attacks = tuple({s.data_attack: None for s in sims.values() if s.data_attack})
     rows, ids_of = [], {}
@@ -283,7 +290,8 @@ def train_cohorts(
                 system=jnp.full(ids.shape, position, jnp.int32),
                 client_id=ids,
                 key=fold(stream(state, TRAIN), ids),
-                poison_key=fold(stream(state, POISON), ids),
+                # Not folded by round: an attacker poisons its data once and for all.
+                poison_key=fold(jax.random.fold_in(state.key, POISON), ids),
                 poison=jnp.where(state.byzantine[ids], which, -1),
                 round=jnp.broadcast_to(state.round, ids.shape),
                 state=jax.tree.map(lambda x, i=ids: x[i], state.clients),
@@ -310,11 +318,15 @@ def train_roots(
     if not needing:
         return {}
     first = next(iter(needing.values()))
+    assert first.root_steps is not None, "set by Simulation where there is a root"
+    assert arrays.root is not None
     update = first.client_update.with_steps(first.root_steps)
     train = make_trainer(first.model, update, (), False, first.client_chunk)
     keys = jnp.stack([stream(states[n], ROOT) for n in needing])
     count = jnp.arange(len(needing), dtype=jnp.int32)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(states[n].params for n in needing))
+    stacked = jax.tree.map(
+        lambda *x: jnp.stack(x), *(states[n].params for n in needing)
+    )
     rows = Row(
         system=count,
         client_id=jnp.zeros_like(count),
@@ -328,7 +340,9 @@ def train_roots(
         ),
     )
     updates, _, _ = train(arrays.root, stacked, rows)
-    return {n: jax.tree.map(lambda x, i=i: x[i], updates) for i, n in enumerate(needing)}
+    return {
+        n: jax.tree.map(lambda x, i=i: x[i], updates) for i, n in enumerate(needing)
+    }
 
 
 def apply_rule(
@@ -391,7 +405,9 @@ def finish_round(
         aggregator=rule_state,
         attack=attack_state,
         optimizer=optimizer,
-        clients=jax.tree.map(lambda x, y: x.at[ids].set(y), state.clients, client_states),
+        clients=jax.tree.map(
+            lambda x, y: x.at[ids].set(y), state.clients, client_states
+        ),
         byzantine=state.byzantine,
         key=state.key,
         round=state.round + 1,
@@ -428,7 +444,7 @@ def play_round(
     arrays: Arrays,
     evaluate_now: Array,
 ) -> tuple[dict[str, RoundState], dict[str, History]]:
-    """One round of every system, evaluated where ``evaluate_now`` (``bool []``) says."""
+    """One round of every system, evaluated where ``evaluate_now`` (``bool []``)."""
     trained = train_cohorts(sims, states, arrays)
     roots = train_roots(sims, states, arrays)
     new_states, histories = {}, {}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,8 @@ class Simulation:
         aggregator: the server's rule.
         test: held-out samples for evaluation; None to never evaluate.
         root: the server's own clean samples, for rules that need a root update.
-        root_steps: local steps of the root update. Default: as many as a client takes on
-            average, because the norm of the root update grows with them and FLTrust
+        root_steps: local steps of the root update. Default: as many as a client takes
+            on average, because the norm of the root update grows with them and FLTrust
             scales everybody to it.
         attack: what Byzantine clients do to their updates.
         data_attack: what they do to their data; both may be given.
@@ -65,7 +66,8 @@ class Simulation:
     Example:
         >>> import fedjax_sim as fs, jax, optax
         >>> data = fs.data.load("digits")
-        >>> clients, root = fs.data.federate(data, num_clients=20, partition=fs.data.iid())
+        >>> clients, root = fs.data.federate(
+        ...     data, num_clients=20, partition=fs.data.iid())
         >>> sim = Simulation(
         ...     model=fs.models.mlp((8, 8, 1), hidden=()), clients=clients, root=root,
         ...     test=data.test, aggregator=fs.aggregators.fltrust(),
@@ -86,9 +88,10 @@ class Simulation:
     attack: UpdateAttack | None = None
     data_attack: DataAttack | None = None
     num_byzantine: int = 0
-    cohort_size: int | None = None
+    # None until __post_init__ has put the default in, so an int to every reader.
+    cohort_size: int = None  # type: ignore[assignment]
     server_optimizer: optax.GradientTransformation = optax.sgd(1.0)
-    client_chunk: int | None = None
+    client_chunk: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -105,8 +108,8 @@ class Simulation:
             empty = np.flatnonzero(sizes == 0)
             raise ValueError(
                 f"{len(empty)} of {total} clients have no samples (the first is client "
-                f"{empty[0]}): they cannot train. Use fewer clients or a partition with "
-                "min_size."
+                f"{empty[0]}): they cannot train. Use fewer clients or a partition "
+                "with min_size."
             )
         self.client_update.validate(sizes)
         self.aggregator.validate(cohort)
@@ -125,9 +128,9 @@ class Simulation:
             )
         if self.num_byzantine and self.attack is None and self.data_attack is None:
             raise ValueError(
-                f"num_byzantine={self.num_byzantine}, but there is no attack: Byzantine "
-                "clients would be honest. Give attack= or data_attack=, or drop "
-                "num_byzantine."
+                f"num_byzantine={self.num_byzantine}, but there is no attack: "
+                "Byzantine clients would be honest. Give attack= or data_attack=, or "
+                "drop num_byzantine."
             )
         if self.attack is not None:
             expected = round(cohort * self.num_byzantine / total)
@@ -156,7 +159,9 @@ class Simulation:
         try:
             self.client_update.validate(np.array([len(self.root.targets)]))
         except ValueError as error:
-            raise ValueError(f"the root dataset cannot be trained on: {error}") from None
+            raise ValueError(
+                f"the root dataset cannot be trained on: {error}"
+            ) from None
 
     def _num_classes(self) -> int:
         shape = jax.eval_shape(
@@ -274,7 +279,9 @@ class Comparison:
         first_name, first = next(iter(self.systems.items()))
         for name, sim in self.systems.items():
             for field in SHARED:
-                if getattr(sim, field) is not getattr(first, field):
+                ours, theirs = getattr(sim, field), getattr(first, field)
+                # Data and functions must be the same objects, counts the same number.
+                if not (ours is theirs or (isinstance(ours, int) and ours == theirs)):
                     raise ValueError(
                         f"compare trains the clients of all systems together, so they "
                         f"must share {', '.join(SHARED)}; {name!r} and {first_name!r} "
@@ -287,14 +294,18 @@ class Comparison:
         }
         if len(roots) > 1:
             raise ValueError(
-                "systems that need a root dataset must share root and root_steps within "
-                "one comparison. Pass the same ones, or run them apart."
+                "systems that need a root dataset must share root and root_steps "
+                "within one comparison. Pass the same ones, or run them apart."
             )
 
     @functools.cached_property
     def _arrays(self) -> Arrays:
         first = next(iter(self.systems.values()))
-        roots = [s.root for s in self.systems.values() if "root_update" in s.needs]
+        roots = [
+            s.root
+            for s in self.systems.values()
+            if "root_update" in s.needs and s.root is not None
+        ]
         root = None
         if roots:
             count = len(roots[0].targets)
@@ -320,7 +331,7 @@ class Comparison:
 
     @functools.cached_property
     def _scan(self) -> "jax.stages.Wrapped":
-        """``(states, arrays, start, last, num_rounds, eval_every) -> (states, history)``.
+        """``(states, arrays, start, last, num_rounds, eval_every)`` -> states, history.
 
         ``start`` and ``last`` are the first round and the run's end: arguments, so that
         segments of the same length share one program. They are not batched over seeds,
@@ -350,7 +361,8 @@ class Comparison:
 
     def init(self, key: Array) -> dict[str, RoundState]:
         """Every system's state before round 0, from the same key (``[s]``: s seeds)."""
-        if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        dtype: Any = getattr(key, "dtype", None)
+        if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             raise TypeError(
                 "expected a typed PRNG key; got "
                 f"{type(key).__name__}. Use jax.random.key(seed)."
@@ -374,7 +386,9 @@ class Comparison:
     ) -> tuple[dict[str, RoundState], dict[str, History]]:
         """What ``run`` returns, as ``jax.ShapeDtypeStruct``, without running it."""
         zero = jnp.zeros((), jnp.int32)
-        scan = functools.partial(self._scan, num_rounds=num_rounds, eval_every=eval_every)
+        scan = functools.partial(
+            self._scan, num_rounds=num_rounds, eval_every=eval_every
+        )
         return jax.eval_shape(scan, states, self._arrays, zero, zero)
 
     def step(
@@ -415,6 +429,7 @@ class Comparison:
         if (key is None) == (states is None):
             raise ValueError("run needs exactly one of key= and a state to go on from.")
         if states is None:
+            assert key is not None
             states = self.init(key)
         self._check_states(states)
         start = int(np.ravel(next(iter(states.values())).round)[0])
@@ -490,7 +505,7 @@ def compare(simulations: Mapping[str, Simulation]) -> Comparison:
 
 
 def _check_types(sim: Simulation) -> None:
-    """Catches a value handed to the wrong argument, which NamedTuples would let pass."""
+    """Catches a value given to the wrong argument, which NamedTuples would let pass."""
     expected = {
         "model": Model,
         "clients": Clients,

@@ -4,8 +4,8 @@ Everything a study varies plugs into one fixed round as one of these values. The
 convention, stated once and used everywhere: **update = client params - server params**.
 "Stacked" means that every leaf has a leading client axis.
 
-Symbols in shapes: ``N`` clients in all, ``k`` clients in a round's cohort, ``m`` samples
-per client (padded, with a mask), ``P`` samples in the pool, ``d`` parameters.
+Symbols in shapes: ``N`` clients in all, ``k`` clients in a round's cohort, ``m``
+samples per client (padded, with a mask), ``P`` samples in the pool, ``d`` parameters.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+AnyArray = np.ndarray | jax.Array
 PyTree = Any
 Params = PyTree
 
@@ -23,8 +24,8 @@ Params = PyTree
 class Examples(NamedTuple):
     """Labelled samples on the host: ``inputs [s, ...]`` and integer ``targets [s]``."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    inputs: AnyArray
+    targets: AnyArray
 
 
 class Dataset(NamedTuple):
@@ -49,12 +50,13 @@ class ClientData(NamedTuple):
     Attributes:
         inputs: ``[m, ...]``, as stored (``uint8`` images stay ``uint8``).
         targets: ``int32 [m]``.
-        mask: ``bool [m]``, False where a row is padding. Padding comes last.
+        mask: ``bool [m]``, False where a row is padding. Padding comes last. None when
+            no client of the run has padding, so that sizes are static.
     """
 
     inputs: Array
     targets: Array
-    mask: Array
+    mask: Array | None
 
 
 class Clients(NamedTuple):
@@ -125,8 +127,8 @@ class AggregatorInfo(NamedTuple):
     """What a rule thought of each client. The same three arrays for every rule.
 
     Attributes:
-        weights: ``float32 [k]``, share of each client in the aggregate; sums to 1, or is
-            all zero when the aggregate is zero because nobody was left. For a
+        weights: ``float32 [k]``, share of each client in the aggregate; sums to 1, or
+            is all zero when the aggregate is zero because nobody was left. For a
             coordinate-wise rule: the share of coordinates the client supplied.
         flagged: ``bool [k]``, True where the rule rejected the client.
         scores: ``float32 [k]``, higher = more suspicious; ``inf`` for rows left out
@@ -148,15 +150,17 @@ class Aggregator(NamedTuple):
         apply: ``(updates, state, context) -> (aggregate, state, AggregatorInfo)``. The
             updates are any pytree with a leading client axis; the aggregate has the
             same structure without it.
-        validate: ``(cohort_size) -> None``; raises ValueError where the rule's condition
-            on the number of clients does not hold. Called by ``Simulation`` before any
-            training and by a bare ``apply`` while tracing.
+        validate: ``(cohort_size) -> None``; raises ValueError where the rule's
+            condition on the number of clients does not hold. Called by ``Simulation``
+            before any training and by a bare ``apply`` while tracing.
         needs: names of the ``RoundContext`` fields the rule cannot do without.
         name: as on the command line and in the results.
     """
 
     init: Callable[[Params, int], PyTree]
-    apply: Callable[[PyTree, PyTree, RoundContext], tuple[PyTree, PyTree, AggregatorInfo]]
+    apply: Callable[
+        [PyTree, PyTree, RoundContext], tuple[PyTree, PyTree, AggregatorInfo]
+    ]
     validate: Callable[[int], None]
     needs: frozenset[str] = frozenset()
     name: str = "custom"
@@ -215,13 +219,14 @@ class ClientUpdate(NamedTuple):
     Attributes:
         init: ``(params) -> client state`` kept by client id between rounds; ``()`` when
             a client remembers nothing.
-        apply: ``(model, key, params, data, state, round) -> (update, state, info)`` with
-            update = client params - server params and ``ClientInfo`` as info.
+        apply: ``(model, key, params, data, state, round) -> (update, state, info)``
+            with update = client params - server params and ``ClientInfo`` as info.
         num_steps: ``(sizes int [N]) -> int [N]``: local steps a client of each size
             takes; host-side NumPy.
         with_steps: ``(steps) -> ClientUpdate``: the same training for exactly that many
             steps, as the root update needs.
-        validate: ``(sizes int [N]) -> None``; raises ValueError on sizes it cannot train.
+        validate: ``(sizes int [N]) -> None``; raises ValueError on sizes it cannot
+            train.
     """
 
     init: Callable[[Params], PyTree]

@@ -1,4 +1,4 @@
-"""The round, the scan and the comparison, against plain loops and against each other."""
+"""The round, the scan and the comparison, against plain loops and each other."""
 
 import dataclasses
 
@@ -64,7 +64,9 @@ def simulate(**options):
 
 def four_systems(**options):
     attacked = {
-        "attack": fs.attacks.sign_flip(scale=2.0), "num_byzantine": 3, **options
+        "attack": fs.attacks.sign_flip(scale=2.0),
+        "num_byzantine": 3,
+        **options,
     }
     return {
         "clean": simulate(**options),
@@ -128,7 +130,9 @@ def test_one_round_of_fedavg_equals_a_loop_over_clients():
         [
             np.ravel(a - b)
             for a, b in zip(
-                jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True
+                jax.tree.leaves(after.params),
+                jax.tree.leaves(state.params),
+                strict=True,
             )
         ]
     )
@@ -166,9 +170,7 @@ def test_evaluation_in_batches_with_a_remainder(monkeypatch):
 def test_rounds_are_evaluated_every_k_and_at_the_end():
     _, history = simulate().run(jax.random.key(0), num_rounds=7, eval_every=3)
     assert np.flatnonzero(np.isfinite(history.accuracy)).tolist() == [2, 5, 6]
-    np.testing.assert_array_equal(
-        np.isnan(history.accuracy), np.isnan(history.loss)
-    )
+    np.testing.assert_array_equal(np.isnan(history.accuracy), np.isnan(history.loss))
     assert history.round.tolist() == list(range(1, 8))
 
 
@@ -180,9 +182,9 @@ def test_without_a_test_set_nothing_is_evaluated():
 @pytest.mark.parametrize("cohort", [None, 5])
 def test_chunks_do_not_change_the_run(cohort):
     results = [
-        simulate(client_chunk=chunk, cohort_size=cohort).run(
-            jax.random.key(0), num_rounds=3
-        )[0].params
+        simulate(client_chunk=chunk, cohort_size=cohort)
+        .run(jax.random.key(0), num_rounds=3)[0]
+        .params
         for chunk in (1, 5, 1000)
     ]
     assert_close(results[0], results[1])
@@ -196,7 +198,9 @@ def test_segments_are_the_run_bit_for_bit():
     half, first = both.run(jax.random.key(3), num_rounds=4, eval_every=2, last=6)
     rest, second = both.run(num_rounds=2, eval_every=2, states=half, last=6)
     assert_equal(whole, rest)
-    assert_equal(history, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second))
+    assert_equal(
+        history, jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+    )
 
 
 def test_steps_are_the_run():
@@ -277,9 +281,14 @@ def test_aggregators_are_not_told_who_is_byzantine():
         assert context.params is not None
         # Nor by position: the attackers are permuted, not the first ones.
     masks = {
-        tuple(np.asarray(simulate(
-            attack=fs.attacks.sign_flip(), num_byzantine=4
-        ).init(jax.random.key(s)).byzantine)) for s in range(6)
+        tuple(
+            np.asarray(
+                simulate(attack=fs.attacks.sign_flip(), num_byzantine=4)
+                .init(jax.random.key(s))
+                .byzantine
+            )
+        )
+        for s in range(6)
     }
     assert len(masks) > 3
     assert all(sum(m) == 4 for m in masks)
@@ -321,8 +330,11 @@ def broken_attack(value, everybody=False):
         return jax.tree.map(spoil, updates), state
 
     return UpdateAttack(
-        init=lambda params, n: (), apply=apply, validate=lambda k, f: None,
-        knowledge="own", name="broken",
+        init=lambda params, n: (),
+        apply=apply,
+        validate=lambda k, f: None,
+        knowledge="own",
+        name="broken",
     )
 
 
@@ -332,18 +344,14 @@ def test_non_finite_updates_never_reach_the_model(value, rule):
     def careless(updates, state, context):
         """A user's rule that ignores the mask."""
         k = context.mask.shape[0]
-        info = AggregatorInfo(
-            jnp.full(k, 1 / k), jnp.zeros(k, bool), jnp.zeros(k)
-        )
+        info = AggregatorInfo(jnp.full(k, 1 / k), jnp.zeros(k, bool), jnp.zeros(k))
         return jax.tree.map(lambda x: x.mean(axis=0), updates), state, info
 
     rules = {
         "fedavg": fs.aggregators.fedavg(),
         "careless": Aggregator(lambda p, n: (), careless, lambda k: None),
     }
-    sim = simulate(
-        aggregator=rules[rule], attack=broken_attack(value), num_byzantine=4
-    )
+    sim = simulate(aggregator=rules[rule], attack=broken_attack(value), num_byzantine=4)
     state, history = sim.run(jax.random.key(0), num_rounds=10)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert history.num_nonfinite.tolist() == [4] * 10
@@ -447,7 +455,8 @@ def test_fork_goes_on_from_another_system():
     trained, _ = clean.run(jax.random.key(0), num_rounds=4)
     attacked = simulate(
         aggregator=fs.aggregators.dual_system(max_byzantine=3, variant="dynamic_trust"),
-        attack=fs.attacks.sign_flip(), num_byzantine=3,
+        attack=fs.attacks.sign_flip(),
+        num_byzantine=3,
         server_optimizer=optax.sgd(1.0, momentum=0.5),
     )
     with pytest.raises(ValueError, match="fork"):
@@ -532,7 +541,10 @@ GOLDEN = {
         ({"num_byzantine": N, "attack": fs.attacks.sign_flip()}, "somebody is honest"),
         ({"num_byzantine": -1}, "num_byzantine must be from 0"),
         ({"num_byzantine": 2}, "there is no attack"),
-        ({"aggregator": fs.aggregators.fltrust(), "root": None}, "needs a root dataset"),
+        (
+            {"aggregator": fs.aggregators.fltrust(), "root": None},
+            "needs a root dataset",
+        ),
         ({"root": None, "root_steps": 3}, "no root dataset"),
         ({"root_steps": 0}, "root_steps must be >= 1"),
         ({"client_chunk": 0}, "client_chunk must be >= 1"),
@@ -602,6 +614,13 @@ def test_comparisons_that_cannot_be_fair_are_refused():
                 "b": simulate(aggregator=fltrust, root_steps=9),
             }
         )
+
+
+def test_a_comparison_of_many_clients_needs_no_shared_integers():
+    # Python shares small integers only, so the default cohort of 300 is two objects.
+    clients = make_clients((3,) * 300)
+    both = fs.compare({"a": simulate(clients=clients), "b": simulate(clients=clients)})
+    assert both.init(jax.random.key(0))["b"].byzantine.shape == (300,)
 
 
 def test_parameters_keep_the_model_s_own_structure():

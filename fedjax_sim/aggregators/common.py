@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ def stateless(params: Params, num_clients: int) -> tuple[()]:
     return ()
 
 
-def integer(rule: str, option: str, value: int, minimum: int) -> int:
+def integer(rule: str, option: str, value: Any, minimum: int) -> int:
     """``value`` as an int that is at least ``minimum``; ValueError otherwise."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or value < minimum:

@@ -196,9 +196,8 @@ def dual_system(
         gate = cosine > threshold
 
         # The filter: Multi-Krum over `pool`, with f counting down who is out of it.
-        present, pool = (
-            (mask & gate, eligible & gate) if gate_first else (mask, eligible)
-        )
+        present = mask & gate if gate_first else mask
+        pool = present & eligible
         num_rows, f = assumed_counts(present, max_byzantine)
         distances = pairwise_sq_distances(rescaled if normalized else U, pool)
         scores = krum_scores(distances, pool, num_rows - f - 2)

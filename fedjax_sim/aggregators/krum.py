@@ -73,8 +73,8 @@ def krum(
             to stand.
         squared: False sums the distances themselves, as some code and Fang et al. do.
         neighbours: how many are summed, ``"n-f-2"``, ``"n-f-1"`` (SignGuard's and
-            ByzFL's code) or ``"n-f"`` (the code of Baruch et al.). A client is never
-            its own neighbour.
+            ByzFL's code) or ``"n-f"`` (the code of Baruch et al.; one more than an
+            honest client has honest others). A client is never its own neighbour.
 
     Returns:
         An ``Aggregator``. The chosen client has weight 1, all others are flagged;

@@ -55,15 +55,15 @@ def trimmed_mean(
             f"fraction); got max_byzantine={max_byzantine!r}, trim={trim!r}. "
             "Give exactly one."
         )
+    count, fraction = 0, 0.0
     if trim is None:
-        integer("trimmed_mean", "max_byzantine", max_byzantine, 0)
+        count = integer("trimmed_mean", "max_byzantine", max_byzantine, 0)
     else:
-        number("trimmed_mean", "trim", trim, 0.0, 0.5, "[)")
+        fraction = number("trimmed_mean", "trim", trim, 0.0, 0.5, "[)")
 
     def cut(cohort_size: int) -> int:
-        if trim is None:
-            return max_byzantine
-        return math.floor(round(trim * cohort_size, 9))  # 0.29 * 100 is not 28
+        # Rounded first: 0.29 * 100 is 28.999999999999996.
+        return count + math.floor(round(fraction * cohort_size, 9))
 
     def validate(cohort_size: int) -> None:
         integer("trimmed_mean", "cohort_size", cohort_size, 1)

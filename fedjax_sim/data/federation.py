@@ -49,7 +49,7 @@ def federate(
         >>> clients.num_clients, int(clients.sizes().sum()), root.inputs.shape
         (20, 1392, (50, 8, 8, 1))
     """
-    targets = data.train.targets
+    targets = np.asarray(data.train.targets)
     if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
         raise ValueError(
             "federate divides samples by class: it needs one integer label per sample; "

@@ -1,6 +1,6 @@
 """What the engine knows of a model, and how a user's flax module becomes one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -83,7 +83,7 @@ class Model(NamedTuple):
                 raise ValueError(_NO_DROPOUT.format(where=where))
             return next_call(*args, **kwargs)
 
-        def variables(key: Array) -> dict[str, Any]:
+        def variables(key: Array) -> Mapping[str, Any]:
             return module.init(key, jnp.zeros((1, *input_shape), jnp.float32))
 
         with nn.intercept_methods(refuse):
@@ -94,11 +94,11 @@ class Model(NamedTuple):
                 f"only 'params': {_WHY}anything else would be lost between rounds."
             )
 
-        return Model(
-            init=lambda key: variables(key)["params"],
-            apply=lambda params, x: module.apply({"params": params}, to_float(x)),
-            loss=loss,
-        )
+        def apply(params: Params, inputs: Array) -> Array:
+            outputs: Any = module.apply({"params": params}, to_float(inputs))
+            return outputs
+
+        return Model(init=lambda key: variables(key)["params"], apply=apply, loss=loss)
 
     @staticmethod
     def from_nnx(
@@ -108,8 +108,8 @@ class Model(NamedTuple):
         """A ``flax.nnx`` module, given by the function that builds it from ``Rngs``.
 
         Args:
-            build: such as ``lambda rngs: nnx.Linear(4, 3, rngs=rngs)``; its call takes a
-                float batch (``uint8`` inputs reach it as float32 in [0, 1]).
+            build: such as ``lambda rngs: nnx.Linear(4, 3, rngs=rngs)``; its call takes
+                a float batch (``uint8`` inputs reach it as float32 in [0, 1]).
             loss: per-example loss.
 
         Raises:
@@ -128,7 +128,8 @@ class Model(NamedTuple):
                 raise ValueError(_NO_BATCH_NORM.format(where=where))
             if isinstance(part, nnx.Dropout):
                 raise ValueError(_NO_DROPOUT.format(where=where))
-        graph, shapes, rest = nnx.split(module, nnx.Param, ...)
+        graph, *states = nnx.split(module, nnx.Param, ...)
+        shapes, rest = states
         if jax.tree.leaves(rest):
             kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(rest)})
             raise ValueError(

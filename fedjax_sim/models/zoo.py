@@ -35,7 +35,7 @@ class _MLP(nn.Module):
 
 
 def cnn(input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 10) -> Model:
-    """FLTrust's MNIST network: conv 30@3x3, pool, conv 50@3x3, pool, dense 100, dense L.
+    """FLTrust's MNIST network: conv 30@3x3, pool, conv 50@3x3, pool, dense 100 and L.
 
     139,960 parameters for 28x28x1 images and ten classes. Pixels are divided by 255.
 

@@ -9,13 +9,15 @@ from tests.aggregators.cases import (
     CASES,
     KINDS,
     NUM_CLIENTS,
+    D,
+    F,
+    N,
     attacked,
     cohort,
+    compiled,
     context,
 )
 from tests.references import aggregators as oracle
-
-N, D, F = 12, 23, 2
 
 
 def scenarios():
@@ -40,7 +42,7 @@ def scenarios():
 
 
 def check(case, f, result, U, mask, g0, sizes):
-    aggregate, _, info = result
+    aggregate, info = result
     expected = case.reference(f, U, mask, g0, sizes)
     # A mean of outliers is as exact as they are; whoever rejects them stays exact.
     scale = 1.0
@@ -67,29 +69,23 @@ def check(case, f, result, U, mask, g0, sizes):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_reference(name):
     case = CASES[name]
-    rule = case.make(F)
-    state = rule.init(jnp.zeros(D), NUM_CLIENTS)
-
-    @jax.jit
-    def run(U, mask, g0, sizes):
-        return rule.apply(U, state, context(g0, mask, sizes))
-
     for label, *inputs in scenarios():
         if name == "krum-n-f" and label.startswith("1e"):
             continue  # it counts an outlier in every score: float32 holds no other part
         try:
-            check(case, F, run(*inputs), *inputs)
+            U, mask, g0, sizes = inputs
+            check(case, F, compiled(name)(U, g0, mask, sizes), *inputs)
         except AssertionError as error:
             raise AssertionError(f"scenario {label!r}: {error}") from None
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "dual_system"])
-@pytest.mark.parametrize(("n", "d", "f"), [(5, 2, 1), (17, 1500, 7)])
-def test_equals_reference_at_other_sizes(name, n, d, f):
+def test_equals_reference_on_many_columns(name):
+    n, d, f = 17, 1500, 7
     U, g0, sizes = cohort(n, n, d)
     rule = CASES[name].make(f)
-    result = jax.jit(rule.apply)(U, (), context(g0, sizes=sizes))
-    check(CASES[name], f, result, U, None, g0, sizes)
+    aggregate, _, info = jax.jit(rule.apply)(U, (), context(g0, sizes=sizes))
+    check(CASES[name], f, (aggregate, info), U, None, g0, sizes)
 
 
 def test_inputs_tell_the_rules_apart():

@@ -1,0 +1,152 @@
+"""The files of a run directory: what identifies a run, and what it found."""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import fedjax_sim as fs
+
+# Options that do not change what a round computes, and so are not part of a run's key:
+# where the run is, and (but for whether it forks) how long it is.
+WHERE = ("out", "data_dir", "resume", "segment", "preset")
+HOW_LONG = ("rounds", "attack_rounds")
+# Per-round scalars of a history that go to metrics.csv, in this order.
+METRICS = (
+    "accuracy",
+    "loss",
+    "train_loss",
+    "aggregate_norm",
+    "num_byzantine",
+    "num_flagged",
+    "num_nonfinite",
+    "no_aggregate",
+    "tpr",
+    "fpr",
+    "fnr",
+)
+CLIENT_RECORDS = ("client_ids", "byzantine", "weights", "flagged", "scores")
+PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+TAIL = 5  # evaluations in the reported mean over the last ones
+
+
+def config_key(config: Any) -> str:
+    """Hash of everything that changes the numbers of a run's rounds."""
+    fields = {k: v for k, v in as_json(config).items() if k not in WHERE + HOW_LONG}
+    fields["forked"] = getattr(config, "attack_rounds", 0) > 0
+    text = json.dumps({"study": config.STUDY, **fields}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    device = jax.devices()[0]
+    found["device"] = f"{len(jax.devices())} x {device.device_kind}"
+    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _seed_rows(values: Any, seeds: bool) -> np.ndarray:
+    return np.asarray(values) if seeds else np.asarray(values)[None]
+
+
+def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> None:
+    """``system,seed,round,metric,value``; a row per value that exists (no NaN rows)."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["system", "seed", "round", "metric", "value"])
+        for system, history in histories.items():
+            seeds = np.ndim(history.round) == 2
+            rounds = _seed_rows(history.round, seeds)
+            columns = {m: _seed_rows(getattr(history, m), seeds) for m in METRICS}
+            for s in range(len(rounds)):
+                for r, number in enumerate(rounds[s]):
+                    for metric, values in columns.items():
+                        value = float(values[s, r])
+                        if not np.isnan(value):
+                            writer.writerow(
+                                [system, seed + s, number, metric, f"{value:.9g}"]
+                            )
+    os.replace(temporary, path)
+
+
+def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
+    """Per-client records, ``system/field`` -> ``[(seeds,) rounds, cohort]``."""
+    arrays: dict[str, Any] = {}
+    for system, history in histories.items():
+        for field in CLIENT_RECORDS:
+            arrays[f"{system}/{field}"] = np.asarray(getattr(history, field))
+        for field, values in history.details.items():
+            arrays[f"{system}/{field}"] = np.asarray(values)
+    temporary = path.with_name("tmp-" + path.name)
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, path)
+
+
+def summarise(history: fs.History) -> dict[str, Any]:
+    """Final value, mean of the last evaluations, and spread over seeds, per metric."""
+    seeds = np.ndim(history.round) == 2
+    summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
+    for metric in METRICS:
+        values = _seed_rows(getattr(history, metric), seeds).astype(np.float64)
+        known = values[:, ~np.isnan(values).all(axis=0)]
+        if not known.size:
+            summary[metric] = None
+            continue
+        tail = np.nanmean(known[:, -TAIL:], axis=1)
+        whole = np.nanmean(known, axis=1)
+        summary[metric] = {
+            "final": float(np.nanmean(known[:, -1])),
+            f"mean_of_last_{TAIL}": float(np.nanmean(tail)),
+            "mean_of_run": float(np.nanmean(whole)),
+            "spread_over_seeds": float(np.nanstd(known[:, -1])) if seeds else None,
+        }
+    return summary
+
+
+def write_summary(
+    config: Any,
+    histories: dict[str, fs.History],
+    compile_seconds: float,
+    run_seconds: float,
+    extra: dict[str, Any],
+) -> None:
+    """``summary.json``: every system's metrics, versions, device and seconds."""
+    content = {
+        "key": config_key(config),
+        "command": " ".join(
+            ["python", "-m", f"experiments.{config.STUDY}", *sys.argv[1:]]
+        ),
+        "systems": {n: summarise(h) for n, h in histories.items()},
+        "versions": versions(),
+        "compile_seconds": round(compile_seconds, 3),
+        "run_seconds": round(run_seconds, 3),
+        **extra,
+    }
+    write_atomically(config.out / "summary.json", json.dumps(content, indent=2) + "\n")
