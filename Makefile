@@ -37,7 +37,7 @@ for candidate in $${PYTHON_CHOICE:-python3.13 python3.12 python3.11 python3 pyth
     *) seen="$$seen\n  $$candidate is Python $$version"; continue ;; \
   esac; \
   if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate; break; fi; \
-  seen="$$seen\n  $$candidate is Python $$version, but has no venv and ensurepip modules"; \
+  seen="$$seen\n  $$candidate is Python $$version, without its venv and ensurepip modules"; \
 done; \
 if [ -z "$$python" ]; then \
   { printf '%s\n' "make: no usable Python found. fedjax_sim needs Python 3.11, 3.12 or 3.13 with the venv module."; \
@@ -78,7 +78,7 @@ demo: install
 	$(BIN)/python -m experiments.fltrust_mnist --preset demo --out $(DEMO_OUT) $(ARGS)
 
 notebook: install
-	$(BIN)/jupyter execute $(ARGS) notebooks/quickstart.ipynb
+	$(BIN)/jupyter-execute $(ARGS) notebooks/quickstart.ipynb
 
 # --- development -----------------------------------------------------------------------
 

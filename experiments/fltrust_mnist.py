@@ -247,6 +247,11 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         raise ValueError(f"--attack-rounds must be >= 0; got {config.attack_rounds}.")
     if len(set(config.aggregators)) < len(config.aggregators):
         raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
+    if not 1 <= cohort_size(config) <= config.clients:
+        raise ValueError(
+            f"--cohort must be from 1 to --clients ({config.clients}) or all; got "
+            f"{config.cohort}."
+        )
     # Names first: they cost nothing, loading the data may.
     partition = make_partition(config)
     attacks = fs.attacks.UPDATE_ATTACKS | fs.attacks.DATA_ATTACKS

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fedjax_sim.types import Params, PyTree
+from fedjax_sim.types import AnyArray, Params, PyTree
 
 KEEP = 2
 
@@ -40,6 +40,11 @@ def save(directory: Path, round: int, tree: PyTree) -> None:
         checkpointer.save(
             round, tree, custom_metadata={"manifest": manifest(tree)}, overwrite=True
         )
+
+
+def _on_device(x: AnyArray) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
 
 def latest_round(directory: Path) -> int | None:
@@ -70,11 +75,11 @@ def load(directory: Path, round: int, template: Callable[[int], PyTree]) -> PyTr
             metadata = checkpointer.metadata(round).custom_metadata
             found = (metadata or {})["manifest"]
             if found == manifest(expected):
-                return checkpointer.load(round, expected)
+                return checkpointer.load(round, jax.tree.map(_on_device, expected))
     except Exception as error:
         raise ValueError(
             f"the checkpoint {where} cannot be read ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Delete that folder to resume from the "
+            f"{str(error)[:200]}). Delete that folder to resume from the "
             "checkpoint before it, or start again in another --out."
         ) from error
     want = manifest(expected)
@@ -89,7 +94,8 @@ def load(directory: Path, round: int, template: Callable[[int], PyTree]) -> PyTr
 
 def save_model(run: Path, params: dict[str, Params]) -> None:
     """Writes the final parameters of every system to ``run/model``."""
-    ocp.save(run.absolute() / "model", params, overwrite=True)
+    # As NumPy arrays, so that they load on any machine without asking for devices.
+    ocp.save(run.absolute() / "model", jax.tree.map(np.asarray, params), overwrite=True)
 
 
 def load_model(run: Path | str, system: str) -> Params:
