@@ -1,0 +1,61 @@
+"""What the documents show works: the README's code, the notebook, the skeletons."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def indented_blocks(text):
+    """Runs of lines indented by four spaces, as Markdown's code blocks."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.MULTILINE)
+    return [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def test_the_readme_s_library_example_runs(tmp_path, monkeypatch):
+    blocks = indented_blocks((ROOT / "README.md").read_text())
+    code = [block for block in blocks if "import fedjax_sim as fs" in block]
+    assert len(code) == 1
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(code[0], "README.md", "exec"), scope)
+    assert scope["history"].accuracy[-1] > 0.5
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_the_readme_s_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"make (\w+)", text))
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= targets
+    for target in targets - {"and"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for module in set(re.findall(r"python -m (experiments\.\w+)", text)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_and_are_committed_without_outputs(path, monkeypatch):
+    cells = json.loads(path.read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    notebook = nbformat.read(path, as_version=4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONWARNINGS", "default")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    plots = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(plots) >= 3
