@@ -83,7 +83,7 @@ notebook: install
 # --- development -----------------------------------------------------------------------
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

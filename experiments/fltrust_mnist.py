@@ -343,15 +343,17 @@ def report(config: Config, result: runner.Result, console: Console) -> None:
         fs.report.markdown_table(header, rows),
         *(
             [
-                "Rows marked (seed document) are the source document's own figures, "
-                "from an implementation and an attack it does not specify."
+                "The rows below a system are the seed document's own figures, from an "
+                "implementation and an attack that it does not specify."
             ]
             if reference
             else []
         ),
         "## Detection",
         "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, "
-        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR.",
+        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. Updates with "
+        "a NaN or infinity count as rejected: every rule leaves them out, and a model "
+        "that has diverged yields nothing else.",
         fs.report.markdown_table(*detection),
         "![accuracy](accuracy.png)",
         *(["![detection](detection.png)"] if detecting else []),
@@ -364,7 +366,7 @@ def _seed_row(system: str, width: int) -> tuple[str, ...] | None:
     if system not in SEED_TABLE:
         return None
     values = tuple(f"{v:.4f}" for v in SEED_TABLE[system])
-    return (f"{system} (seed document)", *values, *[""] * (width - len(values) - 1))
+    return ("↳ seed document", *values, *[""] * (width - len(values) - 1))
 
 
 def _detection_rows(

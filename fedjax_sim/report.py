@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import rich.box
 import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -274,9 +275,10 @@ def rich_table(
         >>> rich_table(("system", "final"), [("median", 0.95)]).row_count
         1
     """
-    result = rich.table.Table(title=title)
+    result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        result.add_column(name, justify="left" if index == 0 else "right")
+        first = index == 0
+        result.add_column(name, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
