@@ -351,9 +351,9 @@ def report(config: Config, result: runner.Result, console: Console) -> None:
         ),
         "## Detection",
         "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, "
-        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. Updates with "
-        "a NaN or infinity count as rejected: every rule leaves them out, and a model "
-        "that has diverged yields nothing else.",
+        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. Updates "
+        "with a NaN or infinity count as rejected: every rule leaves them out, and a "
+        "model that has diverged yields nothing else.",
         fs.report.markdown_table(*detection),
         "![accuracy](accuracy.png)",
         *(["![detection](detection.png)"] if detecting else []),

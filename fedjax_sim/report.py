@@ -275,7 +275,10 @@ def rich_table(
         >>> rich_table(("system", "final"), [("median", 0.95)]).row_count
         1
     """
-    result = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    # Narrow, so that six rounds and a long name fit a terminal of 80 columns.
+    result = rich.table.Table(
+        title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
+    )
     for index, name in enumerate(header):
         first = index == 0
         result.add_column(name, justify="left" if first else "right", no_wrap=first)
