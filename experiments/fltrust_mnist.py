@@ -18,6 +18,7 @@ Example:
 """
 
 import dataclasses
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -201,11 +202,10 @@ def make_aggregator(name: str, max_byzantine: int) -> Aggregator:
     factory = lookup("aggregator", base, fs.aggregators.REGISTRY)
     if variant and base != "dual_system":
         raise ValueError(f"only dual_system has variants; got aggregator {name!r}.")
-    if base in ("fedavg", "median", "fltrust"):
-        return factory()
-    if variant:
-        return factory(max_byzantine=max_byzantine, variant=variant)
-    return factory(max_byzantine=max_byzantine)
+    options: dict[str, Any] = {"variant": variant} if variant else {}
+    if "max_byzantine" in inspect.signature(factory).parameters:
+        options["max_byzantine"] = max_byzantine
+    return factory(**options)
 
 
 def make_attack(config: Config, num_classes: int) -> UpdateAttack | DataAttack:
