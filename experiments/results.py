@@ -61,7 +61,11 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     device = jax.devices()[0]
     found["device"] = f"{len(jax.devices())} x {device.device_kind}"
-    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    # The cores this process may use: on CPU the rounding of a matrix product depends on
+    # the number of threads.
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count()
+    found["machine"] = f"{platform.machine()}, {cores} cores"
     return found
 
 
