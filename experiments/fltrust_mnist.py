@@ -5,7 +5,7 @@ minibatches, in one compiled program: FedAvg without an attack, FedAvg under att
 FLTrust, and the Dual-System (FLTrust + Multi-Krum).
 
 Presets:
-  table   the seed study's section 4 (default): MNIST, FLTrust's CNN, 100 clients with
+  table   the source study's section 4 (default): MNIST, FLTrust's CNN, 100 clients with
           two label shards each, 10 of them a round, 5 local epochs, batch 10, rate
           0.01, 100 rounds of every system.
   paper   its section 2: 1000 clean rounds, then 200 under attack and 200 defended, all
@@ -30,11 +30,13 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import results, runner
+from experiments import fltrust_report, rundir, runner
 from fedjax_sim.registry import lookup
 from fedjax_sim.types import Aggregator, DataAttack, UpdateAttack
 
 CLEAN = "fedavg_clean"
+# Options that belong to one partition.
+ONLY_WITH = {"shards_per_client": "shards", "alpha": "dirichlet", "bias": "label_bias"}
 # The option of each attack that --attack-strength sets.
 STRENGTH = {
     "sign_flip": "scale",
@@ -43,14 +45,6 @@ STRENGTH = {
     "ipm": "epsilon",
     "alie": "z",
     "label_flip": "fraction",
-}
-# Section 4 of the seed document (MNIST); "final" is its last column.
-SEED_ROUNDS = (20, 40, 60, 80, 100)
-SEED_TABLE = {
-    "fedavg_clean": (0.6267, 0.8022, 0.8607, 0.8343, 0.8980, 0.89),
-    "fedavg": (0.1945, 0.3078, 0.2882, 0.1135, 0.1010, 0.10),
-    "fltrust": (0.2853, 0.5981, 0.5001, 0.7923, 0.7169, 0.71),
-    "dual_system": (0.4468, 0.6424, 0.8284, 0.8433, 0.8958, 0.89),
 }
 
 
@@ -66,7 +60,7 @@ class Config:
     STUDY: ClassVar[str] = "fltrust_mnist"
 
     preset: Literal["table", "paper", "demo"] = "table"
-    """Starting values of the other options. table: the seed study's section 4, MNIST,
+    """Starting values of the other options. table: the source study's section 4, MNIST,
     100 rounds, 10 of 100 clients a round. paper: its section 2, 1000 clean rounds, then
     200 attacked and 200 defended. demo: embedded digits, about a minute on 2 cores."""
     dataset: str = "mnist"
@@ -165,10 +159,14 @@ def parse(arguments: list[str]) -> Config:
             preset = arguments[i + 1]
         elif word.startswith("--preset="):
             preset = word.split("=", 1)[1]
+    default = lookup("preset", preset, PRESETS)
+    if any(word == "--attack" or word.startswith("--attack=") for word in arguments):
+        # A preset's strength is meant for the preset's attack.
+        default = dataclasses.replace(default, attack_strength=None)
     return tyro.cli(
         Config,
         args=arguments,
-        default=lookup("preset", preset, PRESETS),
+        default=default,
         description=__doc__,
         prog="python -m experiments.fltrust_mnist",
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -198,10 +196,12 @@ def assumed_byzantine(config: Config) -> int:
 
 def make_aggregator(name: str, max_byzantine: int) -> Aggregator:
     """The rule ``name``, or ``dual_system:VARIANT``, with this assumed f."""
-    base, _, variant = name.partition(":")
+    base, colon, variant = name.partition(":")
     factory = lookup("aggregator", base, fs.aggregators.REGISTRY)
-    if variant and base != "dual_system":
-        raise ValueError(f"only dual_system has variants; got aggregator {name!r}.")
+    if colon and (base != "dual_system" or not variant):
+        raise ValueError(
+            f"only dual_system has variants, as dual_system:VARIANT; got {name!r}."
+        )
     options: dict[str, Any] = {"variant": variant} if variant else {}
     if "max_byzantine" in inspect.signature(factory).parameters:
         options["max_byzantine"] = max_byzantine
@@ -229,6 +229,51 @@ def make_partition(config: Config) -> fs.data.Partition:
     return factory(**options.get(config.partition, {}))
 
 
+def check(config: Config) -> None:
+    """Checks the options that need no data.
+
+    Raises:
+        ValueError: with the flag, what was expected and what came.
+    """
+    runner.check_common(config)
+    if not 0 <= config.attackers < 1:
+        raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
+    if not (np.isfinite(config.lr) and config.lr > 0):
+        raise ValueError(f"--lr must be a positive number; got {config.lr}.")
+    if config.attack_rounds < 0:
+        raise ValueError(f"--attack-rounds must be >= 0; got {config.attack_rounds}.")
+    if config.clients < 1:
+        raise ValueError(f"--clients must be at least 1; got {config.clients}.")
+    if config.partition_seed < 0:
+        raise ValueError(f"--partition-seed must be >= 0; got {config.partition_seed}.")
+    if not 1 <= cohort_size(config) <= config.clients:
+        raise ValueError(
+            f"--cohort must be from 1 to --clients ({config.clients}) or all; got "
+            f"{config.cohort}."
+        )
+    found = num_attackers(config)
+    if found == config.clients or (found == 0 and config.attackers > 0):
+        raise ValueError(
+            f"--attackers {config.attackers} of {config.clients} clients is {found} of "
+            "them; expected at least one attacker and one honest client, or exactly 0."
+        )
+    if not config.aggregators:
+        raise ValueError("--aggregators needs at least one name.")
+    if len(set(config.aggregators)) < len(config.aggregators):
+        raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
+    preset = PRESETS[config.preset]
+    for option, partition in ONLY_WITH.items():
+        if getattr(config, option) != getattr(preset, option) and (
+            config.partition != partition
+        ):
+            raise ValueError(
+                f"--{option.replace('_', '-')} has no effect with --partition "
+                f"{config.partition}. Drop it, or use --partition {partition}."
+            )
+    if config.root_size == 0 and config.root_bias is not None:
+        raise ValueError("--root-bias has no effect with --root-size 0. Drop one.")
+
+
 def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     """Loads the data and builds every system.
 
@@ -238,20 +283,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     Raises:
         ValueError: a bad setting.
     """
-    runner.check_common(config)
-    if not 0 <= config.attackers < 1:
-        raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
-    if not (np.isfinite(config.lr) and config.lr > 0):
-        raise ValueError(f"--lr must be a positive number; got {config.lr}.")
-    if config.attack_rounds < 0:
-        raise ValueError(f"--attack-rounds must be >= 0; got {config.attack_rounds}.")
-    if len(set(config.aggregators)) < len(config.aggregators):
-        raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
-    if not 1 <= cohort_size(config) <= config.clients:
-        raise ValueError(
-            f"--cohort must be from 1 to --clients ({config.clients}) or all; got "
-            f"{config.cohort}."
-        )
+    check(config)
     # Names first: they cost nothing, loading the data may.
     partition = make_partition(config)
     attacks = fs.attacks.UPDATE_ATTACKS | fs.attacks.DATA_ATTACKS
@@ -261,6 +293,12 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     rules = {name: make_aggregator(name, f) for name in config.aggregators}
     for rule in rules.values():
         rule.validate(cohort_size(config))
+    needs_root = any("root_update" in rule.needs for rule in rules.values())
+    if needs_root and config.root_size < config.batch_size:
+        raise ValueError(
+            f"--root-size must be at least --batch-size ({config.batch_size}) for "
+            f"{', '.join(config.aggregators)}; got {config.root_size}."
+        )
 
     data = fs.data.load(config.dataset, config.data_dir)
     clients, root = fs.data.federate(
@@ -278,7 +316,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         "client_update": fs.local_sgd(
             optax.sgd(config.lr), epochs=config.epochs, batch_size=config.batch_size
         ),
-        "root": root,
+        "root": root if needs_root else None,
         "root_steps": config.root_steps,
         "cohort_size": cohort_size(config),
         "client_chunk": config.client_chunk,
@@ -300,96 +338,26 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     return [runner.Phase("clean", {CLEAN: clean}, config.rounds), fork], data.source
 
 
-def report(config: Config, result: runner.Result, console: Console) -> None:
-    """The table, the plots, summary.json and summary.md."""
-    histories = result.histories
-    start = config.rounds if config.attack_rounds else 0
-    at = tuple(start + r for r in SEED_ROUNDS)
-    header, rows = fs.report.table(histories, rounds=at)
-    reference = config.dataset == "mnist" and start == 0
-    if reference:
-        rows = [
-            row
-            for own in rows
-            for row in (own, _seed_row(own[0], len(header)))
-            if row is not None
-        ]
-    console.print(fs.report.rich_table(header, rows, title="Test accuracy"))
-    fs.report.accuracy_plot(histories, config.out / "accuracy.png")
-    detection = _detection_rows(histories)
-    detecting = {n: h for n, h in histories.items() if np.sum(h.num_flagged) > 0}
-    if detecting:
-        fs.report.detection_plot(histories, config.out / "detection.png")
-        console.print(fs.report.rich_table(*detection, title="Detection, whole run"))
-    results.write_summary(
-        config,
-        histories,
-        result.compile_seconds,
-        result.run_seconds,
-        {"max_byzantine": assumed_byzantine(config)},
+def settings(config: Config) -> str:
+    """The run in a sentence, for the terminal and the summary."""
+    strength = "" if config.attack_strength is None else f" {config.attack_strength:g}"
+    partition = config.partition
+    if partition in ONLY_WITH.values():
+        option = next(o for o, p in ONLY_WITH.items() if p == partition)
+        partition += f"({getattr(config, option):g})"
+    return (
+        f"{config.dataset}, {config.model}, {config.clients} clients ({partition}), "
+        f"{cohort_size(config)} sampled per round; {num_attackers(config)} of all "
+        f"clients are Byzantine ({config.attack}{strength}), rules assume "
+        f"{assumed_byzantine(config)} per cohort; {config.epochs} local epochs, batch "
+        f"{config.batch_size}, rate {config.lr:g}, root dataset of {config.root_size}, "
+        f"seed {config.seed}"
+        + (
+            f" and the {config.num_seeds - 1} after it."
+            if config.num_seeds > 1
+            else "."
+        )
     )
-    command = " ".join(["python -m experiments.fltrust_mnist", *sys.argv[1:]])
-    notes = [
-        f"# FLTrust against the Dual-System: {config.dataset}, {config.attack}",
-        f"`{command}`",
-        f"{num_attackers(config)} of {config.clients} clients Byzantine, "
-        f"{cohort_size(config)} a round, f = {assumed_byzantine(config)} assumed; seed "
-        f"{config.seed}"
-        + (f" and {config.num_seeds - 1} more" * (config.num_seeds > 1))
-        + f". {result.compile_seconds:.0f} s compiling, {result.run_seconds:.0f} s "
-        "running in this process.",
-        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
-        "## Test accuracy",
-        fs.report.markdown_table(header, rows),
-        *(
-            [
-                "The rows below a system are the seed document's own figures, from an "
-                "implementation and an attack that it does not specify."
-            ]
-            if reference
-            else []
-        ),
-        "## Detection",
-        "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, "
-        "false alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. Updates "
-        "with a NaN or infinity count as rejected: every rule leaves them out, and a "
-        "model that has diverged yields nothing else.",
-        fs.report.markdown_table(*detection),
-        "![accuracy](accuracy.png)",
-        *(["![detection](detection.png)"] if detecting else []),
-    ]
-    results.write_atomically(config.out / "summary.md", "\n\n".join(notes) + "\n")
-    console.print(f"results in {config.out}")
-
-
-def _seed_row(system: str, width: int) -> tuple[str, ...] | None:
-    if system not in SEED_TABLE:
-        return None
-    values = tuple(f"{v:.4f}" for v in SEED_TABLE[system])
-    return ("↳ seed document", *values, *[""] * (width - len(values) - 1))
-
-
-def _detection_rows(
-    histories: dict[str, fs.History],
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    rows = []
-    for name, history in histories.items():
-        rates = [
-            f"{np.nanmean(r):.3f}" if np.isfinite(r).any() else "-"
-            for r in (history.tpr, history.fpr, history.fnr)
-        ]
-        nonfinite = int(np.sum(history.num_nonfinite))
-        stuck = int(np.sum(history.no_aggregate))
-        rows.append((name, *rates, str(nonfinite), str(stuck)))
-    header = (
-        "system",
-        "TPR",
-        "FPR",
-        "FNR",
-        "non-finite updates",
-        "rounds without update",
-    )
-    return header, rows
 
 
 def run(config: Config, console: Console) -> runner.Result:
@@ -398,20 +366,37 @@ def run(config: Config, console: Console) -> runner.Result:
     Raises:
         ValueError: a bad option, before any training.
     """
-    runner.check_out(config)
+    rundir.check_out(config)
     runner.enable_compilation_cache()
     phases, source = make_phases(config)
-    runner.open_out(config, source)
-    result = runner.run_study(config, phases, console)
-    report(config, result, console)
+    runner.check_progress(config, phases)
+    with rundir.open_out(config, source):
+        console.print(settings(config))
+        result = runner.run_study(config, phases, console)
+        fltrust_report.write(
+            config,
+            result,
+            console,
+            settings=settings(config),
+            max_byzantine=assumed_byzantine(config),
+            comparable=_matches_source(config),
+        )
     return result
 
 
+def _matches_source(config: Config) -> bool:
+    """Whether the run has the source study's data, model, clients and training."""
+    table = PRESETS["table"]
+    fields = ("dataset", "model", "clients", "cohort", "partition", "epochs", "lr")
+    same = all(getattr(config, f) == getattr(table, f) for f in fields)
+    return same and config.attack_rounds == 0
+
+
 def main() -> None:
-    config = parse(sys.argv[1:])
+    runner.exit_on_interrupt()
     try:
-        run(config, Console(highlight=False))
-    except (ValueError, FileNotFoundError) as error:
+        run(parse(sys.argv[1:]), Console(highlight=False))
+    except (ValueError, OSError, OverflowError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,8 +1,9 @@
-"""Which attack shows the seed study's ordering? Short runs of fltrust_mnist.
+"""Which attack shows the source study's ordering? Short runs of fltrust_mnist.
 
-Every cell is one run of ``experiments.fltrust_mnist`` in the seed's setting with fewer
-local epochs and rounds, kept in its own folder under --out: a cell that is finished is
-not run again, one that was stopped is resumed. At the end scan.md tables all cells.
+Every cell is one run of ``experiments.fltrust_mnist`` in the source study's setting
+with fewer local epochs and rounds, kept in its own folder under --out: a cell that is
+finished is not run again, one that was stopped is resumed. At the end scan.md tables
+all cells.
 
 Example:
   python -m experiments.fltrust_scan --data-dir DIR --out runs/scan
@@ -46,7 +47,7 @@ class Config:
     rounds: int = 20
     """Rounds of every cell."""
     epochs: int = 2
-    """Local epochs (the seed study has 5)."""
+    """Local epochs (the source study has 5)."""
     seed: int = 0
     """Seed of every cell."""
 
@@ -83,7 +84,7 @@ def finished(config: fltrust_mnist.Config) -> bool:
 
 
 def scan_table(config: Config) -> str:
-    """Final accuracy and the mean of the last evaluations, a row per finished cell."""
+    """Final accuracy and the mean of the evaluations, a row per finished cell."""
     names = [fltrust_mnist.CLEAN, *SYSTEMS]
     rows = []
     for cell in CELLS:
@@ -94,8 +95,7 @@ def scan_table(config: Config) -> str:
         values = []
         for name in names:
             accuracy = systems[name]["accuracy"]
-            mean = accuracy[f"mean_of_last_{results.TAIL}"]
-            values.append(f"{accuracy['final']:.3f} ({mean:.3f})")
+            values.append(f"{accuracy['final']:.3f} ({accuracy['mean_of_run']:.3f})")
         rows.append((f"{cell[0]} {cell[1]:g}", f"{cell[2]:.0%}", *values))
     return fs.report.markdown_table(("attack", "attackers", *names), rows)
 
@@ -114,9 +114,9 @@ def main() -> None:
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
         text = (
-            f"# Attacks in the seed study's setting, {config.rounds} rounds of "
+            f"# Attacks in the source study's setting, {config.rounds} rounds of "
             f"{config.epochs} local epochs\n\nTest accuracy at the last round (in "
-            "brackets: mean of the last evaluations, every 5 rounds), "
+            "brackets: mean of all evaluations, every 5 rounds), "
             f"{config.dataset}, seed {config.seed}.\n\n{scan_table(config)}\n"
         )
         results.write_atomically(config.out / "scan.md", text)

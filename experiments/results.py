@@ -36,7 +36,7 @@ METRICS = (
 )
 CLIENT_RECORDS = ("client_ids", "byzantine", "weights", "flagged", "scores")
 PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-TAIL = 5  # evaluations in the reported mean over the last ones
+TAIL = 5  # values in the reported mean over the last ones
 
 
 def config_key(config: Any) -> str:
@@ -114,7 +114,11 @@ def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
 
 
 def summarise(history: fs.History) -> dict[str, Any]:
-    """Final value, mean of the last evaluations, and spread over seeds, per metric."""
+    """Final value, means, and standard deviation over seeds (ddof 1), per metric.
+
+    ``mean_of_last_5`` is over the last five values there are: evaluations for accuracy
+    and loss, rounds for the others; None where there are fewer.
+    """
     seeds = np.ndim(history.round) == 2
     summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
     for metric in METRICS:
@@ -123,13 +127,14 @@ def summarise(history: fs.History) -> dict[str, Any]:
         if not known.size:
             summary[metric] = None
             continue
-        tail = np.nanmean(known[:, -TAIL:], axis=1)
-        whole = np.nanmean(known, axis=1)
+        tail = float(np.nanmean(known[:, -TAIL:])) if known.shape[1] >= TAIL else None
         summary[metric] = {
             "final": float(np.nanmean(known[:, -1])),
-            f"mean_of_last_{TAIL}": float(np.nanmean(tail)),
-            "mean_of_run": float(np.nanmean(whole)),
-            "spread_over_seeds": float(np.nanstd(known[:, -1])) if seeds else None,
+            f"mean_of_last_{TAIL}": tail,
+            "mean_of_run": float(np.nanmean(known)),
+            "spread_over_seeds": (
+                float(np.nanstd(known[:, -1], ddof=1)) if seeds else None
+            ),
         }
     return summary
 

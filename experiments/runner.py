@@ -5,11 +5,14 @@ a key or forked from a system of the phase before. Between the segments of a pha
 checkpoint is written and progress is shown; inside there is only the compiled scan.
 """
 
-import json
+import dataclasses
 import os
+import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,18 +28,14 @@ from rich.progress import (
 )
 
 import fedjax_sim as fs
-from experiments.results import (
-    WHERE,
-    as_json,
-    config_key,
-    versions,
-    write_atomically,
-    write_clients,
-    write_metrics,
-)
+from experiments.results import write_clients, write_metrics
 from fedjax_sim import checkpoint
 
-LONG_RUN = 5e9  # parameters x local steps above which the time is estimated first
+LONG = 120.0  # seconds from which a run is announced as long
+WORTH_MEASURING = (
+    1e8  # parameters x local steps a round from which its time is measured
+)
+SEGMENT = 60.0  # seconds a segment should take at most
 
 
 class Phase(NamedTuple):
@@ -70,104 +69,48 @@ def check_common(config: Any) -> None:
     Raises:
         ValueError: with what was expected and what came.
     """
-    for name in ("rounds", "eval_every", "num_seeds"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least 1; got "
-                f"{getattr(config, name)}."
-            )
-    if config.segment is not None and config.segment < 1:
-        raise ValueError(f"--segment must be at least 1; got {config.segment}.")
-    if config.seed < 0:
-        raise ValueError(f"--seed must not be negative; got {config.seed}.")
-
-
-def check_out(config: Any) -> None:
-    """Checks the run directory before anything slow: new, or the same run to resume.
-
-    Raises:
-        ValueError: it holds results and ``resume`` is not set, nothing to resume,
-            another run's configuration, or a folder that cannot be written.
-    """
-    out: Path = config.out
-    file = out / "config.json"
-    key = config_key(config)
-    if file.exists():
-        try:
-            found = json.loads(file.read_text())
-            old, old_key, _ = found["config"], found["key"], found["data"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file} is not a run's configuration ({error}). Choose another --out."
-            ) from None
-        if not config.resume:
-            raise ValueError(
-                f"--out {out} already holds a run. Add --resume to continue or extend "
-                "it, or choose another --out."
-            )
-        if old_key != key:
-            new = as_json(config)
-            changed = sorted(
-                k
-                for k in old.keys() | new.keys()
-                if k not in (*WHERE, "rounds") and old.get(k) != new.get(k)
-            )
-            what = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed)
-            raise ValueError(
-                f"--resume: {out} was started with another configuration ({what}). "
-                "Repeat the options it was started with, or choose another --out."
-            )
-    elif config.resume:
-        raise ValueError(
-            f"--resume: {out} holds no run ({file.name} is missing). Drop --resume to "
-            "start one."
-        )
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(
-            f"--out {out} is not empty and holds no run. Choose another --out."
-        )
-    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise _unwritable(out, "not a folder you may write to")
-
-
-def _unwritable(out: Path, why: str | None) -> ValueError:
-    return ValueError(
-        f"--out {out} cannot be written ({why}). Choose a folder you may write to."
-    )
-
-
-def open_out(config: Any, source: str) -> None:
-    """Makes the run directory and writes ``config.json``, just before training.
-
-    Args:
-        config: the study's configuration.
-        source: ``Dataset.source``, with the fingerprint of the data that was found.
-
-    Raises:
-        ValueError: the run to resume was trained on other data, or the folder cannot be
-            written.
-    """
-    out: Path = config.out
-    file = out / "config.json"
-    content = {
-        "key": config_key(config),
-        "config": as_json(config),
-        "data": source,
-        "versions": versions(),
+    limits = {
+        "rounds": (1, 10**7),
+        "eval_every": (1, 10**7),
+        "segment": (1, 10**7),
+        "num_seeds": (1, 10**4),
+        "seed": (0, 2**32 - config.num_seeds),  # a key has 32 bits of seed
     }
-    if config.resume:
-        before = json.loads(file.read_text())["data"]
-        if before != source:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        low, high = limits.get(field.name, (None, 2**31 - 1))
+        flag = f"--{field.name.replace('_', '-')}"
+        if low is not None and value < low:
+            raise ValueError(f"{flag} must be at least {low}; got {value}.")
+        if value > high:
+            raise ValueError(f"{flag} must be at most {high}; got {value}.")
+
+
+def check_progress(config: Any, phases: Sequence[Phase]) -> None:
+    """Checks that no phase is already further than asked for.
+
+    Raises:
+        ValueError: naming the rounds done and asked for; or checkpoints that are gone.
+    """
+    folder = config.out / "checkpoints"
+    first = 0
+    for phase in phases:
+        last = first + phase.num_rounds
+        latest = checkpoint.latest_round(folder / phase.name)
+        if latest is not None and latest > last:
             raise ValueError(
-                f"--resume: {out} was started on other data ({before}; now {source}). "
-                "Point --data-dir to the data it was started with."
+                f"{config.out} is already at round {latest} ({phase.name}); the "
+                f"options ask for round {last}. Ask for at least that many rounds, or "
+                "choose another --out."
             )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise _unwritable(out, error.strerror) from None
+        first = last
+    if (config.out / "metrics.csv").exists() and not folder.is_dir():
+        raise ValueError(
+            f"{config.out} holds results, but its checkpoints are gone: it cannot be "
+            "continued. Choose another --out."
+        )
 
 
 def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
@@ -176,7 +119,7 @@ def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
     keys = [jax.random.key(config.seed + s) for s in range(config.num_seeds)]
     key = keys[0] if len(keys) == 1 else jax.numpy.stack(keys)
     params = {}
-    seconds = {"compile": 0.0, "run": 0.0}
+    seconds = np.zeros(2, np.float32)  # compiling, running
     histories: dict[str, fs.History] = {}
     states: dict[str, fs.RoundState] = {}
     for phase in phases:
@@ -186,13 +129,14 @@ def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
         else:
             base = states[phase.fork_from]
             start = {name: sim.fork(base) for name, sim in phase.systems.items()}
-        states, found = _run_phase(
-            config, phase, comparison, start, histories, seconds, console
+        states, found, took = _run_phase(
+            config, phase, comparison, start, histories, console
         )
+        seconds += took
         histories.update(found)
         params.update({name: state.params for name, state in states.items()})
     checkpoint.save_model(config.out, params)
-    return Result(histories, seconds["compile"], seconds["run"])
+    return Result(histories, float(seconds[0]), float(seconds[1]))
 
 
 def _run_phase(
@@ -201,42 +145,51 @@ def _run_phase(
     comparison: fs.Comparison,
     states: dict[str, fs.RoundState],
     earlier: dict[str, fs.History],
-    seconds: dict[str, float],
     console: Console,
-) -> tuple[dict[str, fs.RoundState], dict[str, fs.History]]:
+) -> tuple[dict[str, fs.RoundState], dict[str, fs.History], np.ndarray]:
     directory = config.out / "checkpoints" / phase.name
     first = _round_of(states)
     last = first + phase.num_rounds
     done = first
     history: dict[str, fs.History] = {}
+    seconds = np.zeros(2, np.float32)  # of all processes that worked on this phase
     latest = checkpoint.latest_round(directory)
     if latest is not None:
-        if latest > last:
-            raise ValueError(
-                f"{config.out} is already at round {latest}; --rounds asks for {last}. "
-                "Give at least that many rounds, or choose another --out."
-            )
 
         def template(round: int) -> Any:
-            return comparison.shapes(states, round - first, config.eval_every)
+            shapes = comparison.shapes(states, round - first, config.eval_every)
+            return (*shapes, seconds)
 
-        states, history = checkpoint.load(directory, latest, template)
-        history = jax.device_get({name: history[name] for name in phase.systems})
+        states, history, seconds = checkpoint.load(directory, latest, template)
+        # jax sorts dictionaries by key; keep the order of the systems.
+        states = {name: states[name] for name in phase.systems}
+        history = {name: jax.device_get(history[name]) for name in phase.systems}
+        seconds = np.array(seconds)
         done = latest
         console.print(f"resumed {phase.name} at round {done}")
-    segment = config.segment or default_segment(phase.num_rounds, config.eval_every)
+    elif config.resume:
+        console.print(f"{phase.name}: no checkpoint yet, starting at round {done}")
     remaining = last - done
-    if remaining:
-        announce_duration(comparison, remaining, config, console)
+    pace = estimate(comparison, config) if remaining else 0.0
+    segment = config.segment or default_segment(
+        phase.num_rounds, config.eval_every, pace
+    )
+    if remaining * pace > LONG:
+        console.print(
+            f"{remaining} rounds of {len(phase.systems)} systems: about "
+            f"{_duration(remaining * pace)} on this device "
+            f"({jax.devices()[0].device_kind}), evaluation apart. A checkpoint every "
+            f"{segment} rounds: stop it when you like, --resume continues."
+        )
     compiled: set[int] = set()
     with _progress(console) as progress:
-        task = progress.add_task(phase.name, total=phase.num_rounds, accuracy="")
+        task = progress.add_task("rounds", total=phase.num_rounds)
         progress.update(task, completed=done - first)
         while done < last:
             length = min(segment, last - done)
             if length not in compiled:
-                progress.update(task, accuracy="compiling")
-                seconds["compile"] += _timed(
+                progress.console.print(f"compiling a segment of {length} rounds")
+                seconds[0] += _timed(
                     lambda n=length, s=states: comparison.lower(
                         s, n, config.eval_every
                     ).compile()
@@ -247,26 +200,24 @@ def _run_phase(
                     num_rounds=n, eval_every=config.eval_every, states=s, last=last
                 )
             )
-            seconds["run"] += took
+            seconds[1] += took
             if history:
                 new = {n: _append(history[n], new[n]) for n in new}
             history = new
             done += length
-            checkpoint.save(directory, done, (states, history))
+            checkpoint.save(directory, done, (states, history, seconds))
             shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
             write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
-            accuracy = "  ".join(
-                f"{n} {latest_accuracy(h):.3f}" for n, h in shown.items()
+            known = [(n, latest_accuracy(h)) for n, h in shown.items()]
+            accuracy = "  ".join(f"{n} {a:.3f}" for n, a in known if not np.isnan(a))
+            progress.update(task, completed=done - first)
+            progress.console.print(
+                f"round {done}/{last}: {accuracy or '-'}", soft_wrap=True
             )
-            progress.update(task, completed=done - first, accuracy=accuracy)
-            if not console.is_terminal:
-                console.print(
-                    f"{phase.name} round {done}/{last}: {accuracy}", soft_wrap=True
-                )
     shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
     write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
     write_clients(config.out / "clients.npz", earlier | shown)
-    return states, shown
+    return states, shown, seconds
 
 
 def _timed(call: Any) -> tuple[float, Any]:
@@ -302,14 +253,23 @@ def latest_accuracy(history: fs.History) -> float:
     return float(known[:, -1].mean()) if known.size else float("nan")
 
 
-def default_segment(num_rounds: int, eval_every: int) -> int:
-    """The segment nearest a twentieth of the run: whole evaluations, no remainder.
+def default_segment(num_rounds: int, eval_every: int, pace: float = 0.0) -> int:
+    """About a twentieth of the run, or a minute where a round takes ``pace`` seconds.
 
-    A segment that does not divide the run costs a second compilation.
+    Whole evaluations and no remainder, if possible: a segment that does not divide the
+    run costs a second compilation.
     """
     target = max(1, num_rounds // 20)
-    divisors = [n for n in range(1, num_rounds + 1) if num_rounds % n == 0]
-    return min(divisors, key=lambda n: (n % eval_every != 0, abs(n - target)))
+    if pace:
+        target = max(1, min(target, int(SEGMENT / pace)))
+    near = [
+        n for n in range(max(1, target // 2), 2 * target + 1) if num_rounds % n == 0
+    ]
+    whole = list(range(eval_every, 4 * target + 1, eval_every))
+    for candidates in ([n for n in whole if num_rounds % n == 0], near, whole):
+        if candidates:
+            return min(candidates, key=lambda n: abs(n - target))
+    return target
 
 
 def _progress(console: Console) -> Progress:
@@ -320,28 +280,25 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[accuracy]}"),
         console=console,
         disable=not console.is_terminal,
     )
 
 
-def announce_duration(
-    comparison: fs.Comparison, num_rounds: int, config: Any, console: Console
-) -> None:
-    """Says how long a long run will take on this device, from a short measurement."""
+def estimate(comparison: fs.Comparison, config: Any) -> float:
+    """Seconds a round will take on this device, from timing a few local steps.
+
+    0 where there is clearly too little work for a measurement to be worth its while.
+    """
     sims = comparison.systems.values()
     sim = next(iter(sims))
     sizes = np.asarray(sim.clients.sizes())
-    steps = float(np.mean(sim.client_update.num_steps(sizes))) * sim.cohort_size
-    steps = (
-        config.num_seeds
-        * num_rounds
-        * sum(steps + ("root_update" in s.needs) * (s.root_steps or 0) for s in sims)
-    )
+    per_system = float(np.mean(sim.client_update.num_steps(sizes))) * sim.cohort_size
+    roots = sum(s.root_steps or 0 for s in sims if "root_update" in s.needs)
+    steps = config.num_seeds * (len(sims) * per_system + roots)
     params = sim.model.init(jax.random.key(0))
-    if steps * sum(leaf.size for leaf in jax.tree.leaves(params)) < LONG_RUN:
-        return
+    if steps * sum(leaf.size for leaf in jax.tree.leaves(params)) < WORTH_MEASURING:
+        return 0.0
     probe_steps = 20
     update = sim.client_update.with_steps(probe_steps)
     chunk = min(sim.client_chunk, sim.cohort_size)
@@ -358,13 +315,7 @@ def announce_duration(
     compiled = probe.lower(sim.clients, params).compile()
     jax.block_until_ready(compiled(sim.clients, params))
     took = min(_timed(lambda: compiled(sim.clients, params))[0] for _ in range(3))
-    total = took / (probe_steps * chunk) * steps
-    console.print(
-        f"{num_rounds} rounds of {len(comparison.systems)} systems are "
-        f"{steps:,.0f} local steps: about {_duration(total)} on this device "
-        f"({jax.devices()[0].device_kind}), evaluation apart. It can be stopped and "
-        "continued with --resume."
-    )
+    return took / (probe_steps * chunk) * steps
 
 
 def _duration(seconds: float) -> str:
@@ -373,6 +324,26 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def exit_on_interrupt() -> None:
+    """Makes Ctrl-C end the process at once, with a line instead of a traceback.
+
+    Python's own handler waits for the compiled segment to end. What is lost is what
+    was done since the last checkpoint.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+
+    def wait() -> None:
+        reader.recv(1)
+        sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # show the cursor
+        print("\nstopped; --resume continues from the last checkpoint", flush=True)
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def enable_compilation_cache() -> None:

@@ -1,6 +1,6 @@
 """Simulation of federated learning under attack, in JAX."""
 
-from fedjax_sim import aggregators, attacks, data, metrics, models, report
+from fedjax_sim import aggregators, attacks, checkpoint, data, metrics, models, report
 from fedjax_sim.clients import local_sgd
 from fedjax_sim.models import Model
 from fedjax_sim.rounds import History, RoundState
@@ -14,6 +14,7 @@ __all__ = [
     "Simulation",
     "aggregators",
     "attacks",
+    "checkpoint",
     "compare",
     "data",
     "local_sgd",

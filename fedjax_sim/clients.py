@@ -1,5 +1,6 @@
 """Local training, written for one client."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from fedjax_sim.models import Model
+from fedjax_sim.registry import check_count
 from fedjax_sim.types import Array, ClientData, ClientInfo, ClientUpdate, Params, PyTree
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Array], Any]
@@ -55,8 +57,9 @@ def local_sgd(
         )
     counts = {"epochs": epochs, "steps": steps, "batch_size": batch_size}
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"local_sgd needs {name} >= 1; got {name}={value}.")
+        if value is not None:
+            check_count(f"local_sgd's {name}", value, 1)
+    _check_optimizer(optimizer)
 
     def num_steps(sizes: np.ndarray) -> np.ndarray:
         sizes = np.asarray(sizes)
@@ -134,3 +137,15 @@ def local_sgd(
         with_steps=lambda n: local_sgd(optimizer, steps=n, batch_size=batch_size),
         validate=validate,
     )
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    if not callable(optimizer) or len(inspect.signature(optimizer).parameters) != 1:
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise TypeError(
+            "local_sgd needs an optax transformation, such as optax.sgd(0.01), or a "
+            f"function of the round that returns one; got {name}. Did you forget to "
+            "call it?"
+        )

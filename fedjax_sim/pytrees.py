@@ -21,8 +21,18 @@ def ravel_clients(stacked: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
         >>> matrix, unravel = ravel_clients({"b": jnp.ones(3), "w": jnp.zeros((3, 2))})
         >>> matrix.shape, sorted(unravel(matrix[0]))
         ((3, 3), ['b', 'w'])
+
+    Raises:
+        TypeError: no leaf, or one that is not floating-point or lacks the client axis.
     """
     leaves = jax.tree.leaves(stacked)
+    for leaf in leaves or [None]:
+        kind = getattr(leaf, "dtype", type(leaf))
+        if not leaves or not jnp.issubdtype(kind, jnp.floating) or not leaf.ndim:
+            raise TypeError(
+                "updates must be floating-point arrays with a leading client axis; got "
+                f"{kind}{getattr(leaf, 'shape', '')}. Use astype(float32)."
+            )
     rows = leaves[0].shape[0]
     dtypes = jax.tree.map(lambda x: x.dtype, stacked)
     template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), stacked)

@@ -1,8 +1,10 @@
-"""Look-up of factories by the one name they have in code, command line and results."""
+"""Checks of what a user gives: names of factories, and counts."""
 
 import difflib
 from collections.abc import Mapping
 from typing import TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -26,3 +28,22 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
     raise ValueError(
         f"unknown {kind} {name!r}.{hint} Valid: {', '.join(sorted(table))}."
     )
+
+
+def check_count(what: str, value: object, lowest: int) -> None:
+    """Refuses a count that is not a whole number, or is below ``lowest``.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below ``lowest``.
+
+    Example:
+        >>> check_count("num_rounds", 0, 1)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_rounds must be >= 1; got 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{what} must be an integer; got {value!r}.")
+    if value < lowest:
+        raise ValueError(f"{what} must be >= {lowest}; got {value}.")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_sim import rounds
+from fedjax_sim import checks, rounds
 from fedjax_sim.models import Model
+from fedjax_sim.registry import check_count
 from fedjax_sim.rounds import Arrays, History, RoundState
 from fedjax_sim.types import (
     Aggregator,
@@ -94,7 +95,7 @@ class Simulation:
     client_chunk: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        checks.check_types(self)
         sizes = np.asarray(self.clients.sizes())
         total = len(sizes)
         cohort = total if self.cohort_size is None else self.cohort_size
@@ -103,72 +104,20 @@ class Simulation:
                 f"cohort_size must be from 1 to the number of clients ({total}); got "
                 f"{cohort}."
             )
-        object.__setattr__(self, "cohort_size", cohort)
-        if sizes.min() < 1:
-            empty = np.flatnonzero(sizes == 0)
-            raise ValueError(
-                f"{len(empty)} of {total} clients have no samples (the first is client "
-                f"{empty[0]}): they cannot train. Use fewer clients or a partition "
-                "with min_size."
-            )
+        num_outputs = checks.num_outputs(self)
+        checks.check_data(self, sizes, num_outputs)
         self.client_update.validate(sizes)
         self.aggregator.validate(cohort)
-        self._check_attackers(total, cohort)
-        self._check_root(sizes)
+        checks.check_attackers(self, cohort, num_outputs)
+        checks.check_root(self)
+        checks.check_plugins(self, cohort)
+        # A frozen dataclass is filled in once, here.
+        object.__setattr__(self, "cohort_size", cohort)
         if self.client_chunk is None:
             object.__setattr__(self, "client_chunk", default_client_chunk(self.model))
-        if self.client_chunk < 1:
-            raise ValueError(f"client_chunk must be >= 1; got {self.client_chunk}.")
-
-    def _check_attackers(self, total: int, cohort: int) -> None:
-        if not 0 <= self.num_byzantine < total:
-            raise ValueError(
-                f"num_byzantine must be from 0 to {total - 1} for {total} clients, so "
-                f"that somebody is honest; got {self.num_byzantine}."
-            )
-        if self.num_byzantine and self.attack is None and self.data_attack is None:
-            raise ValueError(
-                f"num_byzantine={self.num_byzantine}, but there is no attack: "
-                "Byzantine clients would be honest. Give attack= or data_attack=, or "
-                "drop num_byzantine."
-            )
-        if self.attack is not None:
-            expected = round(cohort * self.num_byzantine / total)
-            self.attack.validate(cohort, expected)
-        if self.data_attack is not None:
-            self.data_attack.validate(self._num_classes())
-
-    def _check_root(self, sizes: np.ndarray) -> None:
-        if "root_update" in self.needs and self.root is None:
-            raise ValueError(
-                f"{self.aggregator.name} needs a root dataset; got root=None. Pass "
-                "root=, from fs.data.federate(..., root_size=100)."
-            )
-        if self.root_steps is not None and self.root_steps < 1:
-            raise ValueError(f"root_steps must be >= 1; got {self.root_steps}.")
-        if self.root is None:
-            if self.root_steps is not None:
-                raise ValueError(
-                    f"root_steps={self.root_steps}, but there is no root dataset. Pass "
-                    "root=, or drop root_steps."
-                )
-            return
-        if self.root_steps is None:
+        if self.root is not None and self.root_steps is None:
             steps = round(float(np.mean(self.client_update.num_steps(sizes))))
             object.__setattr__(self, "root_steps", steps)
-        try:
-            self.client_update.validate(np.array([len(self.root.targets)]))
-        except ValueError as error:
-            raise ValueError(
-                f"the root dataset cannot be trained on: {error}"
-            ) from None
-
-    def _num_classes(self) -> int:
-        shape = jax.eval_shape(
-            lambda x: self.model.apply(self.model.init(jax.random.key(0)), x),
-            self.clients.inputs[:1],
-        ).shape
-        return int(shape[-1])
 
     @property
     def num_clients(self) -> int:
@@ -276,6 +225,12 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.systems:
             raise ValueError("compare needs at least one simulation; got none.")
+        for name, sim in self.systems.items():
+            if not isinstance(name, str) or not isinstance(sim, Simulation):
+                raise TypeError(
+                    "compare needs {name: Simulation}; got "
+                    f"{{{name!r}: {type(sim).__name__}}}."
+                )
         first_name, first = next(iter(self.systems.items()))
         for name, sim in self.systems.items():
             for field in SHARED:
@@ -364,8 +319,8 @@ class Comparison:
         dtype: Any = getattr(key, "dtype", None)
         if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             raise TypeError(
-                "expected a typed PRNG key; got "
-                f"{type(key).__name__}. Use jax.random.key(seed)."
+                "expected a typed PRNG key, from jax.random.key(seed); got "
+                f"{type(key).__name__} (jax.random.PRNGKey makes another kind)."
             )
         return self._init(key)
 
@@ -423,9 +378,8 @@ class Comparison:
             States, and histories of NumPy arrays with a leading round axis (after the
             seed axis, if any).
         """
-        for field, value in (("num_rounds", num_rounds), ("eval_every", eval_every)):
-            if value < 1:
-                raise ValueError(f"{field} must be >= 1; got {value}.")
+        check_count("num_rounds", num_rounds, 1)
+        check_count("eval_every", eval_every, 1)
         if (key is None) == (states is None):
             raise ValueError("run needs exactly one of key= and a state to go on from.")
         if states is None:
@@ -501,32 +455,8 @@ def compare(simulations: Mapping[str, Simulation]) -> Comparison:
         >>> bool(history["clean"].accuracy[-1] > history["attacked"].accuracy[-1])
         True
     """
-    return Comparison(dict(simulations))
-
-
-def _check_types(sim: Simulation) -> None:
-    """Catches a value given to the wrong argument, which NamedTuples would let pass."""
-    expected = {
-        "model": Model,
-        "clients": Clients,
-        "client_update": ClientUpdate,
-        "aggregator": Aggregator,
-        "test": Examples,
-        "root": Examples,
-        "attack": UpdateAttack,
-        "data_attack": DataAttack,
-    }
-    optional = {"test", "root", "attack", "data_attack"}
-    for field, kind in expected.items():
-        value = getattr(sim, field)
-        if isinstance(value, kind) or (value is None and field in optional):
-            continue
-        hint = ""
-        if isinstance(value, DataAttack | UpdateAttack):
-            right = "data_attack" if isinstance(value, DataAttack) else "attack"
-            hint = f" Pass it as {right}=."
-        elif callable(value):
-            hint = " Did you forget to call the factory, as in median()?"
+    if not isinstance(simulations, Mapping):
         raise TypeError(
-            f"{field} must be a {kind.__name__}; got {type(value).__name__}.{hint}"
+            f"compare needs {{name: Simulation}}; got {type(simulations).__name__}."
         )
+    return Comparison(dict(simulations))

@@ -110,9 +110,9 @@ def test_momentum_starts_afresh():
     [
         ({"batch_size": 2}, "exactly one of epochs and steps"),
         ({"batch_size": 2, "epochs": 1, "steps": 1}, "exactly one of epochs and steps"),
-        ({"batch_size": 2, "epochs": 0}, "epochs >= 1"),
-        ({"batch_size": 0, "epochs": 1}, "batch_size >= 1"),
-        ({"batch_size": 2, "steps": -3}, "steps >= 1"),
+        ({"batch_size": 2, "epochs": 0}, "epochs must be >= 1"),
+        ({"batch_size": 0, "epochs": 1}, "batch_size must be >= 1"),
+        ({"batch_size": 2, "steps": -3}, "steps must be >= 1"),
     ],
 )
 def test_bad_options(options, message):
@@ -124,3 +124,15 @@ def test_batch_larger_than_a_client():
     update = fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=10)
     with pytest.raises(ValueError, match=r"smallest client \(7 samples\).*Lower"):
         update.validate(np.array([30, 7]))
+
+
+@pytest.mark.parametrize("value", [1.5, True, "2", float("nan")])
+def test_counts_must_be_integers(value):
+    with pytest.raises(TypeError, match="batch_size must be an integer"):
+        fs.local_sgd(optax.sgd(0.1), epochs=1, batch_size=value)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd, optax.adam, None, 0.1])
+def test_an_optimizer_that_is_none(optimizer):
+    with pytest.raises(TypeError, match="forget to call it"):
+        fs.local_sgd(optimizer, epochs=1, batch_size=2)

@@ -537,10 +537,11 @@ GOLDEN = {
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cohort_size": 0}, "cohort_size must be from 1"),
+        ({"cohort_size": 0}, "cohort_size must be >= 1"),
         ({"cohort_size": N + 1}, "cohort_size must be from 1"),
         ({"num_byzantine": N, "attack": fs.attacks.sign_flip()}, "somebody is honest"),
-        ({"num_byzantine": -1}, "num_byzantine must be from 0"),
+        ({"num_byzantine": -1}, "num_byzantine must be >= 0"),
+        ({"attack": fs.attacks.sign_flip()}, "but num_byzantine is 0"),
         ({"num_byzantine": 2}, "there is no attack"),
         (
             {"aggregator": fs.aggregators.fltrust(), "root": None},
@@ -574,13 +575,95 @@ def test_settings_that_cannot_work_are_refused_before_training(options, message)
         ({"aggregator": fs.aggregators.median}, "forget to call the factory"),
         ({"attack": fs.attacks.label_flip(num_classes=L)}, "Pass it as data_attack="),
         ({"data_attack": fs.attacks.sign_flip()}, "Pass it as attack="),
-        ({"clients": None}, "clients must be a Clients"),
-        ({"test": np.zeros(3)}, "test must be a Examples"),
+        ({"clients": None}, "clients must be of type Clients"),
+        ({"test": np.zeros(3)}, "test must be of type Examples"),
     ],
 )
 def test_values_in_the_wrong_place_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
         simulate(**options)
+
+
+@pytest.mark.parametrize("value", [1.5, True, "2"])
+@pytest.mark.parametrize(
+    "field", ["num_byzantine", "cohort_size", "root_steps", "client_chunk"]
+)
+def test_counts_must_be_integers(field, value):
+    with pytest.raises(TypeError, match=f"{field} must be an integer"):
+        simulate(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test": examples(9)._replace(targets=np.zeros(3, int))}, "9 inputs and 3"),
+        ({"test": Examples(np.zeros((0, 4)), np.zeros(0, int))}, "at least one"),
+        ({"test": examples(9)._replace(targets=np.full(9, L))}, "labels from 3 to 3"),
+        (
+            {
+                "clients": SHARED["clients"]._replace(
+                    targets=SHARED["clients"].targets - 1
+                )
+            },
+            "clients has labels from -1",
+        ),
+        ({"model": fs.models.mlp((5,), num_classes=L)}, r"input_shape=\(4,\)"),
+        ({"model": fs.models.mlp((4,), num_classes=2)}, "model has 2 outputs"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(**options)
+
+
+def rule_returning(change):
+    """FedAvg whose three results pass through ``change``."""
+    rule = fs.aggregators.fedavg()
+
+    def apply(updates, state, context):
+        return change(*rule.apply(updates, state, context))
+
+    return rule._replace(apply=apply, name="mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, s, i: a, r"aggregator mine must return \(aggregate, state"),
+        (lambda a, s, i: (a, s), "of length 2"),
+        (lambda a, s, i: (a["Dense_0"], s, i), "aggregator mine: aggregate must have"),
+        (lambda a, s, i: (a, jnp.zeros(3), i), "aggregator mine: state must have"),
+        (lambda a, s, i: (a, s, None), "must return an AggregatorInfo"),
+        (
+            lambda a, s, i: (a, s, i._replace(weights=i.weights[:1])),
+            "info weights must have shape",
+        ),
+        (
+            lambda a, s, i: (a, s, i._replace(details={"x": jnp.zeros(())})),
+            "info x must have shape",
+        ),
+    ],
+)
+def test_a_rule_that_breaks_its_contract_is_named(change, message):
+    with pytest.raises(TypeError, match=message):
+        simulate(aggregator=rule_returning(change))
+
+
+def test_an_attack_that_breaks_its_contract_is_named():
+    attack = fs.attacks.sign_flip()
+
+    def apply(updates, state, context):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), updates), state
+
+    with pytest.raises(TypeError, match="attack sign_flip: updates must have"):
+        simulate(attack=attack._replace(apply=apply), num_byzantine=2)
+
+
+def test_needs_that_a_round_does_not_have():
+    rule = fs.aggregators.fedavg()
+    for need in ("root_updat", "byzantine"):
+        with pytest.raises(ValueError, match=f"needs .*{need}"):
+            simulate(aggregator=rule._replace(needs=frozenset({need})))
 
 
 def test_bad_runs_are_refused():
@@ -603,6 +686,9 @@ def test_bad_runs_are_refused():
 def test_comparisons_that_cannot_be_fair_are_refused():
     with pytest.raises(ValueError, match="at least one simulation"):
         fs.compare({})
+    for bad in ([simulate()], simulate(), {"a": None}, {1: simulate()}):
+        with pytest.raises(TypeError, match="compare needs"):
+            fs.compare(bad)
     with pytest.raises(ValueError, match="differ in clients"):
         fs.compare({"a": simulate(), "b": simulate(clients=make_clients())})
     with pytest.raises(ValueError, match="differ in cohort_size"):

@@ -139,7 +139,7 @@ def dual_system(
         [2.0, 0.0]
 
     References:
-        The study of FLTrust with Multi-Krum that this project starts from gives no
+        The source study (see the README) gives no
         formula; the variants are this project's readings of it. Cao, Fang, Liu, Gong,
         "FLTrust", NDSS 2021. Blanchard, El Mhamdi, Guerraoui, Stainer, "Machine
         learning with adversaries", NeurIPS 2017.

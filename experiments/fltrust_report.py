@@ -1,0 +1,171 @@
+"""What a run of fltrust_mnist says at its end: tables, plots, summary.md."""
+
+import sys
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import fedjax_sim as fs
+from experiments import results, runner
+
+# How the plots call the systems.
+LABELS = {
+    "fedavg_clean": "FedAvg, no attack",
+    "fedavg": "FedAvg, attacked",
+    "fltrust": "FLTrust",
+    "dual_system": "Dual-System",
+}
+# Section 4 of the source study (MNIST); the last figure is its column "final".
+SOURCE_ROUNDS = (20, 40, 60, 80, 100)
+SOURCE_TABLE = {
+    "fedavg_clean": (0.6267, 0.8022, 0.8607, 0.8343, 0.8980, 0.89),
+    "fedavg": (0.1945, 0.3078, 0.2882, 0.1135, 0.1010, 0.10),
+    "fltrust": (0.2853, 0.5981, 0.5001, 0.7923, 0.7169, 0.71),
+    "dual_system": (0.4468, 0.6424, 0.8284, 0.8433, 0.8958, 0.89),
+}
+
+
+SOURCE_NOTE = (
+    "The rows marked ↳ are the source study's own figures. It does not say which "
+    "attack it ran, how many clients were Byzantine, or what its rules assumed."
+)
+DETECTION_NOTE = (
+    "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, false "
+    "alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. FLTrust rejects a "
+    "client of cosine <= 0 to the root update; the Dual-System keeps n - f - 2 of n "
+    "clients, whoever they are. A dash: the rule rejects nobody."
+)
+
+
+def write(
+    config: Any,
+    result: runner.Result,
+    console: Console,
+    *,
+    settings: str,
+    max_byzantine: int,
+    comparable: bool,
+) -> None:
+    """Prints the tables and writes the plots, ``summary.json`` and ``summary.md``.
+
+    Args:
+        config: of ``fltrust_mnist``.
+        result: its histories and seconds.
+        console: where the tables go.
+        settings: the run in a sentence.
+        max_byzantine: f, as the rules assumed it.
+        comparable: whether the source study's figures belong beside these.
+    """
+    histories = result.histories
+    start = config.rounds if config.attack_rounds else 0
+    last = max(int(np.max(h.round)) for h in histories.values())
+    at = tuple(start + r for r in SOURCE_ROUNDS if start + r <= last)
+    header, rows = fs.report.table(histories, rounds=at)
+    if comparable:
+        whole = last == SOURCE_ROUNDS[-1]
+        rows = [r for own in rows for r in (own, _source_row(own, len(at), whole)) if r]
+    detection = _detection_rows(histories)
+    detecting = {n: h for n, h in histories.items() if _rejects(h)}
+    remarks = _remarks(histories)
+
+    console.print(fs.report.rich_table(header, rows, title="Test accuracy"))
+    console.print(fs.report.rich_table(*detection, title="Detection, whole run"))
+    for remark in remarks:
+        console.print(remark)
+    fs.report.accuracy_plot(_labelled(histories), config.out / "accuracy.png")
+    if detecting:
+        fs.report.detection_plot(_labelled(detecting), config.out / "detection.png")
+    results.write_summary(
+        config,
+        histories,
+        result.compile_seconds,
+        result.run_seconds,
+        {"max_byzantine": max_byzantine},
+    )
+    command = " ".join(["python -m experiments.fltrust_mnist", *sys.argv[1:]])
+    parts = [
+        f"# FLTrust against the Dual-System: {config.dataset}, {config.attack}",
+        f"`{command}`",
+        f"{settings} {result.compile_seconds:.0f} s compiling, "
+        f"{result.run_seconds:.0f} s running.",
+        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
+        "## Test accuracy",
+        fs.report.markdown_table(header, rows),
+        *([SOURCE_NOTE] if comparable else []),
+        *remarks,
+        "## Detection",
+        DETECTION_NOTE,
+        fs.report.markdown_table(*detection),
+        "![accuracy](accuracy.png)",
+        *(["![detection](detection.png)"] if detecting else []),
+    ]
+    results.write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
+    files = "summary.md, accuracy.png" + (", detection.png" if detecting else "")
+    console.print(f"results in {config.out}: {files}, metrics.csv, summary.json")
+
+
+def _labelled(histories: dict[str, fs.History]) -> dict[str, fs.History]:
+    return {_label(name): history for name, history in histories.items()}
+
+
+def _label(name: str) -> str:
+    base, _, variant = name.partition(":")
+    return LABELS.get(base, base) + (f" ({variant})" if variant else "")
+
+
+def _source_row(
+    own: tuple[str, ...], columns: int, whole: bool
+) -> tuple[str, ...] | None:
+    """The source study's figures under the row of a system of this run."""
+    if own[0] not in SOURCE_TABLE:
+        return None
+    *by_round, final = (f"{v:.4f}" for v in SOURCE_TABLE[own[0]])
+    cells = [*by_round[:columns], final if whole else ""]
+    return ("↳ source study", *cells, *[""] * (len(own) - len(cells) - 1))
+
+
+def _rejects(history: fs.History) -> bool:
+    """Whether the rule itself rejects clients, beyond non-finite updates."""
+    return bool(np.sum(history.num_flagged) > np.sum(history.num_nonfinite))
+
+
+def _remarks(histories: dict[str, fs.History]) -> list[str]:
+    """A line for every system whose model stood still until the end."""
+    lines = []
+    for name, history in histories.items():
+        stuck = np.atleast_2d(history.no_aggregate)
+        moving = np.flatnonzero(~stuck.all(axis=0))
+        first = int(moving[-1]) + 1 if moving.size else 0
+        if first < stuck.shape[1]:
+            number = np.atleast_2d(history.round)[0, first]
+            lines.append(
+                f"{name}: no usable update from round {number} on (every one was "
+                "non-finite or rejected), so its model stands still."
+            )
+    return lines
+
+
+def _detection_rows(
+    histories: dict[str, fs.History],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    rows = []
+    for name, history in histories.items():
+        rates = [
+            f"{np.nanmean(r):.3f}"
+            if np.isfinite(r).any() and _rejects(history)
+            else "-"
+            for r in (history.tpr, history.fpr, history.fnr)
+        ]
+        nonfinite = int(np.sum(history.num_nonfinite))
+        stuck = int(np.sum(history.no_aggregate))
+        rows.append((name, *rates, str(nonfinite), str(stuck)))
+    header = (
+        "system",
+        "TPR",
+        "FPR",
+        "FNR",
+        "non-finite updates",
+        "rounds without update",
+    )
+    return header, rows

@@ -1,0 +1,124 @@
+"""The run directory: whether a run may start there, and who holds it."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.results import (
+    WHERE,
+    as_json,
+    config_key,
+    versions,
+    write_atomically,
+)
+
+
+def check_out(config: Any) -> None:
+    """Checks the run directory before anything slow: new, or the same run to resume.
+
+    Raises:
+        ValueError: it holds results and ``resume`` is not set, nothing to resume,
+            another run's configuration, or a folder that cannot be written.
+    """
+    out: Path = config.out
+    file = out / "config.json"
+    key = config_key(config)
+    if file.exists():
+        try:
+            found = json.loads(file.read_text())
+            old, old_key, _ = dict(found["config"]), found["key"], found["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is not a run's configuration ({error}). Choose another --out."
+            ) from None
+        if not config.resume:
+            raise ValueError(
+                f"--out {out} already holds a run. Add --resume to continue or extend "
+                "it, or choose another --out."
+            )
+        if old_key != key:
+            new = as_json(config)
+            changed = sorted(
+                k
+                for k in old.keys() | new.keys()
+                if k not in (*WHERE, "rounds") and old.get(k) != new.get(k)
+            )
+            what = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed)
+            raise ValueError(
+                f"--resume: {out} was started with another configuration ({what}). "
+                "Repeat the options it was started with, or choose another --out."
+            )
+    elif config.resume:
+        raise ValueError(
+            f"--resume: {out} holds no run ({file.name} is missing). Drop --resume to "
+            "start one."
+        )
+    elif out.is_dir() and any(p.suffix != ".tmp" for p in out.iterdir()):
+        raise ValueError(
+            f"--out {out} is not empty and holds no run. Choose another --out."
+        )
+    if out.is_symlink() and not out.exists():
+        raise _unwritable(out, "a link to nowhere")
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise _unwritable(out, "not a folder you may write to")
+
+
+def _unwritable(out: Path, why: str | None) -> ValueError:
+    return ValueError(
+        f"--out {out} cannot be written ({why}). Choose a folder you may write to."
+    )
+
+
+@contextlib.contextmanager
+def open_out(config: Any, source: str) -> Iterator[None]:
+    """Holds the run directory for one process and writes ``config.json``.
+
+    To be entered just before training, when nothing can be refused any more.
+
+    Args:
+        config: the study's configuration.
+        source: ``Dataset.source``, with the fingerprint of the data that was found.
+
+    Raises:
+        ValueError: the run to resume was trained on other data, another process is
+            writing to the folder, or the folder cannot be written.
+    """
+    out: Path = config.out
+    file = out / "config.json"
+    content = {
+        "key": config_key(config),
+        "config": as_json(config),
+        "data": source,
+        "versions": versions(),
+    }
+    if config.resume:
+        before = json.loads(file.read_text())["data"]
+        if before != source:
+            raise ValueError(
+                f"--resume: {out} was started on other data ({before}; now {source}). "
+                "Point --data-dir to the data it was started with."
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(out, error.strerror) from None
+    try:
+        # The lock goes with the process, however it ends.
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not config.resume and file.exists():
+            raise BlockingIOError
+        write_atomically(file, json.dumps(content, indent=2) + "\n")
+        yield
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is running in --out {out}. Wait for it, or choose "
+            "another --out."
+        ) from None
+    finally:
+        os.close(folder)

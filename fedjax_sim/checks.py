@@ -1,0 +1,265 @@
+"""What a ``Simulation`` checks before any training, so that nothing fails late."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_sim.models import Model
+from fedjax_sim.registry import check_count
+from fedjax_sim.types import (
+    Aggregator,
+    AggregatorInfo,
+    Clients,
+    ClientUpdate,
+    DataAttack,
+    Examples,
+    PyTree,
+    RoundContext,
+    UpdateAttack,
+)
+
+if TYPE_CHECKING:
+    from fedjax_sim.simulation import Simulation
+
+
+def check_types(sim: "Simulation") -> None:
+    """Catches a value in the wrong argument, which NamedTuples would let pass.
+
+    Raises:
+        TypeError: with the argument, the type expected and the type that came.
+    """
+    expected = {
+        "model": Model,
+        "clients": Clients,
+        "client_update": ClientUpdate,
+        "aggregator": Aggregator,
+        "test": Examples,
+        "root": Examples,
+        "attack": UpdateAttack,
+        "data_attack": DataAttack,
+        "server_optimizer": optax.GradientTransformation,
+    }
+    optional = {"test", "root", "attack", "data_attack"}
+    for field, kind in expected.items():
+        value = getattr(sim, field)
+        if isinstance(value, kind) or (value is None and field in optional):
+            continue
+        hint = ""
+        if isinstance(value, DataAttack | UpdateAttack):
+            right = "data_attack" if isinstance(value, DataAttack) else "attack"
+            hint = f" Pass it as {right}=."
+        elif callable(value):
+            hint = " Did you forget to call the factory, as in median()?"
+        raise TypeError(
+            f"{field} must be of type {kind.__name__}; got {type(value).__name__}."
+            f"{hint}"
+        )
+    check_count("num_byzantine", sim.num_byzantine, 0)
+    for field in ("cohort_size", "root_steps", "client_chunk"):
+        value = getattr(sim, field)
+        if value is not None:
+            check_count(field, value, 1)
+
+
+def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
+    """Every client has samples, and every label is one the model can give.
+
+    Raises:
+        ValueError: with the data set and the numbers.
+    """
+    if sizes.min() < 1:
+        empty = np.flatnonzero(sizes == 0)
+        raise ValueError(
+            f"{len(empty)} of {len(sizes)} clients have no samples (the first is "
+            f"client {empty[0]}): they cannot train. Use fewer clients or a partition "
+            "with min_size."
+        )
+    for name, data in (
+        ("clients", sim.clients),
+        ("test", sim.test),
+        ("root", sim.root),
+    ):
+        if data is None:
+            continue
+        targets = np.asarray(data.targets)
+        if len(targets) != len(data.inputs) or len(targets) == 0:
+            raise ValueError(
+                f"{name} must have as many targets as inputs, and at least one; got "
+                f"{len(data.inputs)} inputs and {len(targets)} targets."
+            )
+        labels = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+        if labels and not (targets.min() >= 0 and targets.max() < num_outputs):
+            raise ValueError(
+                f"{name} has labels from {targets.min()} to {targets.max()}, but the "
+                f"model has {num_outputs} outputs. Give the model num_classes="
+                f"{targets.max() + 1}, or number the classes from 0."
+            )
+
+
+def num_outputs(sim: "Simulation") -> int:
+    """Size of the model's output on the clients' inputs.
+
+    Raises:
+        ValueError: the model cannot take inputs of that shape.
+    """
+    inputs = sim.clients.inputs
+
+    def outputs(key: jax.Array) -> jax.Array:
+        return sim.model.apply(sim.model.init(key), inputs[:1])
+
+    try:
+        return int(jax.eval_shape(outputs, jax.random.key(0)).shape[-1])
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot take the clients' inputs of shape {inputs.shape[1:]} "
+            f"({type(error).__name__}: {str(error)[:200]}). Build it with "
+            f"input_shape={inputs.shape[1:]}."
+        ) from error
+
+
+def check_attackers(sim: "Simulation", cohort: int, num_classes: int) -> None:
+    """The attackers and their attacks belong together.
+
+    Raises:
+        ValueError: attackers without an attack or the reverse, or too many of them.
+    """
+    total = sim.clients.num_clients
+    if sim.num_byzantine >= total:
+        raise ValueError(
+            f"num_byzantine must be from 0 to {total - 1} for {total} clients, so that "
+            f"somebody is honest; got {sim.num_byzantine}."
+        )
+    attacks = [a for a in (sim.attack, sim.data_attack) if a is not None]
+    if sim.num_byzantine and not attacks:
+        raise ValueError(
+            f"num_byzantine={sim.num_byzantine}, but there is no attack: Byzantine "
+            "clients would be honest. Give attack= or data_attack=, or drop "
+            "num_byzantine."
+        )
+    if attacks and not sim.num_byzantine:
+        raise ValueError(
+            f"there is an attack ({attacks[0].name}), but num_byzantine is 0: nobody "
+            "would use it. Give num_byzantine=, or drop the attack."
+        )
+    if sim.attack is not None:
+        sim.attack.validate(cohort, round(cohort * sim.num_byzantine / total))
+    if sim.data_attack is not None:
+        sim.data_attack.validate(num_classes)
+
+
+def check_root(sim: "Simulation") -> None:
+    """The root dataset is there when it is needed, and can be trained on.
+
+    Raises:
+        ValueError: it is missing, or smaller than a batch.
+    """
+    if sim.root is None:
+        if "root_update" in sim.needs:
+            raise ValueError(
+                f"{sim.aggregator.name} needs a root dataset; got root=None. Pass "
+                "root=, from fs.data.federate(..., root_size=100)."
+            )
+        if sim.root_steps is not None:
+            raise ValueError(
+                f"root_steps={sim.root_steps}, but there is no root dataset. Pass "
+                "root=, or drop root_steps."
+            )
+        return
+    try:
+        sim.client_update.validate(np.array([len(sim.root.targets)]))
+    except ValueError as error:
+        raise ValueError(
+            f"the root dataset of {len(sim.root.targets)} samples cannot be trained on "
+            f"as a client is: {error}"
+        ) from None
+
+
+def check_plugins(sim: "Simulation", cohort: int) -> None:
+    """Attack and rule keep their contracts on this model and cohort, by shapes alone.
+
+    Raises:
+        TypeError: what they return has not the form ``fedjax_sim.types`` asks for.
+        ValueError: they need something a round does not have.
+    """
+    for plugin, allowed in (
+        (sim.aggregator, set(RoundContext._fields) - {"byzantine"}),
+        (sim.attack, set(RoundContext._fields)),
+    ):
+        if plugin is None:
+            continue
+        unknown = plugin.needs - allowed
+        if unknown:
+            raise ValueError(
+                f"{plugin.name} needs {sorted(unknown)}, which a round does not give "
+                f"it. It gives {sorted(allowed)}."
+            )
+
+    def one_round(key: jax.Array) -> None:
+        params = sim.model.init(key)
+        updates = jax.tree.map(
+            lambda p: jnp.broadcast_to(p, (cohort, *p.shape)), params
+        )
+        context = RoundContext(
+            key=key,
+            params=params,
+            previous_params=params,
+            previous_aggregate=params,
+            round=jnp.zeros((), jnp.int32),
+            client_ids=jnp.arange(cohort, dtype=jnp.int32),
+            num_samples=jnp.ones(cohort),
+            mask=jnp.ones(cohort, bool),
+            root_update=params if sim.root is not None else None,
+            byzantine=jnp.zeros(cohort, bool),
+        )
+        if sim.attack is not None:
+            who = f"the attack {sim.attack.name}"
+            state = sim.attack.init(params, sim.num_clients)
+            attacked: Any = sim.attack.apply(updates, state, context)
+            _check_tuple(who, attacked, ("updates", "state"))
+            _check_like(f"{who}: updates", attacked[0], updates)
+            _check_like(f"{who}: state", attacked[1], state)
+        who = f"the aggregator {sim.aggregator.name}"
+        state = sim.aggregator.init(params, sim.num_clients)
+        out: Any = sim.aggregator.apply(
+            updates, state, context._replace(byzantine=None)
+        )
+        _check_tuple(who, out, ("aggregate", "state", "AggregatorInfo"))
+        _check_like(f"{who}: aggregate", out[0], params)
+        _check_like(f"{who}: state", out[1], state)
+        if not isinstance(out[2], AggregatorInfo):
+            raise TypeError(
+                f"{who} must return an AggregatorInfo third; got "
+                f"{type(out[2]).__name__}."
+            )
+        fields = {**out[2]._asdict(), **out[2].details}
+        del fields["details"]
+        for name, value in fields.items():
+            if jnp.shape(value) != (cohort,):
+                raise TypeError(
+                    f"{who}: info {name} must have shape ({cohort},), one value a "
+                    f"client; got {jnp.shape(value)}."
+                )
+
+    jax.eval_shape(one_round, jax.random.key(0))
+
+
+def _check_tuple(who: str, out: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(out, tuple) or len(out) != len(names):
+        raise TypeError(
+            f"{who} must return ({', '.join(names)}); got {type(out).__name__}"
+            f"{f' of length {len(out)}' if isinstance(out, tuple) else ''}."
+        )
+
+
+def _check_like(what: str, got: PyTree, expected: PyTree) -> None:
+    def form(tree: PyTree) -> Any:
+        return jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tree)
+
+    if form(got) != form(expected):
+        raise TypeError(
+            f"{what} must have the structure, shapes and types {form(expected)}; got "
+            f"{form(got)}."
+        )
