@@ -122,12 +122,16 @@ class Config:
     """sign_flip, gaussian, scaling, ipm, alie or label_flip."""
     attack_strength: float | None = None
     """sign_flip: scale; gaussian: std; scaling: factor; ipm: epsilon; alie: z;
-    label_flip: fraction of samples. Default: the attack's own default."""
+    label_flip: fraction of samples. Default: the preset's (sign_flip 5; demo 3); with
+    --attack, the attack's own: sign_flip 1, gaussian 1, ipm 0.1, alie its z_max,
+    label_flip 1; scaling has none."""
     attackers: float = 0.2
     """Fraction of all clients that are Byzantine, in [0, 1)."""
     aggregators: tuple[str, ...] = ("fedavg", "fltrust", "dual_system")
-    """Systems under attack, besides FedAvg without attack. A Dual-System variant is
-    written dual_system:VARIANT, for example dual_system:gated_mean."""
+    """Systems under attack, besides FedAvg without attack: fedavg, median,
+    trimmed_mean, krum, multi_krum, fltrust, dual_system. A variant is written
+    dual_system:VARIANT, with filter_then_trust, trust_then_filter, soft, intersection,
+    dynamic_trust or gated_mean."""
     max_byzantine: int | None = None
     """Byzantine clients per cohort that the rules assume. Default: the true number if
     all train; for a sample its mean plus one standard deviation, within what Krum
@@ -135,8 +139,14 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "table": Config(),
-    "paper": Config(preset="paper", rounds=1000, attack_rounds=200, eval_every=10),
+    "table": Config(attack_strength=5.0),
+    "paper": Config(
+        preset="paper",
+        attack_strength=5.0,
+        rounds=1000,
+        attack_rounds=200,
+        eval_every=10,
+    ),
     "demo": Config(
         preset="demo",
         dataset="digits",
@@ -261,6 +271,8 @@ def check(config: Config) -> None:
         raise ValueError("--aggregators needs at least one name.")
     if len(set(config.aggregators)) < len(config.aggregators):
         raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
+    if config.attack == "scaling" and config.attack_strength is None:
+        raise ValueError("--attack scaling needs --attack-strength, its factor.")
     preset = PRESETS[config.preset]
     for option, partition in ONLY_WITH.items():
         if getattr(config, option) != getattr(preset, option) and (

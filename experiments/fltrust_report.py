@@ -66,7 +66,7 @@ def write(
         whole = last == SOURCE_ROUNDS[-1]
         rows = [r for own in rows for r in (own, _source_row(own, len(at), whole)) if r]
     detection = _detection_rows(histories)
-    detecting = {n: h for n, h in histories.items() if _rejects(h)}
+    detecting = any(_rejects(h) for h in histories.values())
     remarks = _remarks(histories)
 
     console.print(fs.report.rich_table(header, rows, title="Test accuracy"))
@@ -75,7 +75,13 @@ def write(
         console.print(remark)
     fs.report.accuracy_plot(_labelled(histories), config.out / "accuracy.png")
     if detecting:
-        fs.report.detection_plot(_labelled(detecting), config.out / "detection.png")
+        # All systems, so that each looks as in the other plot; the plot itself leaves
+        # out those that reject nobody.
+        own = {
+            n: h._replace(num_flagged=h.num_flagged - h.num_nonfinite)
+            for n, h in histories.items()
+        }
+        fs.report.detection_plot(_labelled(own), config.out / "detection.png")
     results.write_summary(
         config,
         histories,

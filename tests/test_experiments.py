@@ -296,6 +296,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"attackers": -0.1}, r"--attackers must be in \[0, 1\)"),
         ({"attackers": float("nan")}, r"--attackers must be in \[0, 1\)"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
+        ({"attack": "scaling", "attack_strength": None}, "needs --attack-strength"),
         ({"attack": "sign_flop"}, "Did you mean 'sign_flip'"),
         ({"partition": "shard"}, "Did you mean 'shards'"),
         ({"model": "cn"}, "Did you mean 'cnn'"),
@@ -363,7 +364,11 @@ def test_command_line_presets_and_overrides():
     parsed = fltrust_mnist.parse(["--preset", "demo", "--lr", "0.5", "--cohort", "7"])
     assert (parsed.dataset, parsed.lr, parsed.cohort) == ("digits", 0.5, 7)
     assert fltrust_mnist.parse(["--preset=paper"]).attack_rounds == 200
-    assert fltrust_mnist.parse([]) == fltrust_mnist.Config()
+    assert fltrust_mnist.parse([]) == fltrust_mnist.PRESETS["table"]
+    # A preset's strength belongs to its own attack.
+    assert fltrust_mnist.parse(["--attack", "alie"]).attack_strength is None
+    strong = fltrust_mnist.parse(["--attack", "alie", "--attack-strength", "2"])
+    assert strong.attack_strength == 2.0
     assert fltrust_mnist.parse(["--aggregators", "krum", "median"]).aggregators == (
         "krum",
         "median",
