@@ -338,7 +338,8 @@ def exit_on_interrupt() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: None)
 
     def wait() -> None:
-        reader.recv(1)
+        with writer:  # which would be closed if nothing held it
+            reader.recv(1)
         sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # show the cursor
         print("\nstopped; --resume continues from the last checkpoint", flush=True)
         os._exit(130)

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +160,8 @@ def test_a_run_extended_is_the_longer_run_bit_for_bit(finished, tmp_path):
         run(tmp_path / "grown", rounds=2, resume=True)
 
 
-def test_a_killed_run_resumes_from_its_last_checkpoint(finished, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, tmp_path, number):
     out = tmp_path / "killed"
     arguments = ["--preset", "demo", "--out", str(out)]
     for name, value in TINY.items():
@@ -176,10 +179,14 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(finished, tmp_path):
         seen = []
         for line in process.stdout:
             seen.append(line)
-            if line.startswith("round 2/400"):
-                process.send_signal(signal.SIGKILL)
+            if line.startswith("round 2/400:"):
+                process.send_signal(number)
                 break
-    assert process.returncode == -signal.SIGKILL, "".join(seen)
+        seen.append(process.stdout.read())
+    code = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[number]
+    assert process.returncode == code, "".join(seen)
+    assert "Traceback" not in "".join(seen)
+    assert ("--resume continues" in seen[-1]) == (number == signal.SIGINT)
     done = checkpoint.latest_round(out / "checkpoints" / "all")
     assert 1 <= done < 400
     assert not (out / "summary.json").exists()
@@ -312,7 +319,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"root_size": 5000}, "root"),
         ({"root_size": 0}, "--root-size must be at least"),
         ({"clients": 5000, "cohort": 8}, "client"),
-        ({"batch_size": 200}, "batch_size=200 is larger than the smallest client"),
+        (
+            {"batch_size": 200, "root_size": 200},
+            "batch_size=200 is larger than the smallest client",
+        ),
         ({"bias": 2.0, "partition": "label_bias"}, "label_bias"),
     ],
 )
@@ -343,6 +353,27 @@ def test_run_directories_are_protected(finished, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         run(tmp_path / "file" / "below")
+
+
+def test_a_refused_resume_changes_nothing(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with pytest.raises(ValueError, match="already at round 4"):
+        run(out, rounds=2, resume=True)
+    with pytest.raises(ValueError, match="another configuration"):
+        run(out, seed=3, resume=True)
+    folder = os.open(out, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="another process is running"):
+            run(out, resume=True)
+    finally:
+        os.close(folder)
+    shutil.move(out / "checkpoints", tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="its checkpoints are gone"):
+        run(out, resume=True)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

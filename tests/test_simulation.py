@@ -552,7 +552,7 @@ GOLDEN = {
         ({"client_chunk": 0}, "client_chunk must be >= 1"),
         ({"clients": make_clients((6, 0, 6))}, "1 of 3 clients have no samples"),
         ({"clients": make_clients((6, 2, 6))}, "batch_size=3 is larger"),
-        ({"root": examples(2)}, "root dataset cannot be trained on"),
+        ({"root": examples(2)}, "root dataset of 2 samples cannot be trained on"),
         ({"aggregator": fs.aggregators.krum(max_byzantine=5)}, "krum"),
         (
             {"aggregator": fs.aggregators.krum(max_byzantine=3), "cohort_size": 8},
