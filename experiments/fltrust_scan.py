@@ -1,9 +1,10 @@
-"""Which attack shows the source study's ordering? Short runs of fltrust_mnist.
+"""Where does the source study's ordering hold? Short runs of fltrust_mnist.
 
 Every cell is one run of ``experiments.fltrust_mnist`` in the source study's setting
-with fewer local epochs and rounds, kept in its own folder under --out: a cell that is
-finished is not run again, one that was stopped is resumed. At the end scan.md tables
-all cells.
+with fewer local epochs and rounds, and another attack, number of attackers, partition
+or root dataset. Each is kept in its own folder under --out: a cell that is finished is
+not run again, one that was stopped is resumed. After each, scan.md tables all that are
+finished.
 
 Example:
   python -m experiments.fltrust_scan --data-dir DIR --out runs/scan
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 from rich.console import Console
@@ -20,23 +22,40 @@ from rich.console import Console
 import fedjax_sim as fs
 from experiments import fltrust_mnist, results
 
-# (attack, strength, fraction of attackers)
-CELLS: tuple[tuple[str, float, float], ...] = (
-    ("sign_flip", 1.0, 0.2),
-    ("sign_flip", 5.0, 0.2),
-    ("label_flip", 1.0, 0.2),
-    ("alie", 1.5, 0.2),
-    ("ipm", 2.0, 0.2),
-    ("sign_flip", 5.0, 0.1),
-    ("sign_flip", 5.0, 0.4),
-    ("label_flip", 1.0, 0.4),
+
+class Cell(NamedTuple):
+    """What a cell varies; the rest is the source study's setting.
+
+    Clients are ``"shards"`` (two label shards each) or ``"iid"``. ``root_bias`` is the
+    share of class 1 in the server's root dataset, None for no bias.
+    """
+
+    attack: str
+    strength: float
+    attackers: float
+    clients: str = "shards"
+    root_size: int = 100
+    root_bias: float | None = None
+
+
+CELLS: tuple[Cell, ...] = (
+    Cell("sign_flip", 5.0, 0.2, "iid", root_size=10, root_bias=0.8),
+    Cell("sign_flip", 5.0, 0.2, "iid"),
+    Cell("sign_flip", 5.0, 0.2),
+    Cell("sign_flip", 5.0, 0.1),
+    Cell("sign_flip", 5.0, 0.4),
+    Cell("sign_flip", 1.0, 0.2),
+    Cell("label_flip", 1.0, 0.2),
+    Cell("label_flip", 1.0, 0.4),
+    Cell("alie", 1.5, 0.2),
+    Cell("ipm", 2.0, 0.2),
 )
 SYSTEMS = ("fedavg", "fltrust", "dual_system", "dual_system:gated_mean")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Short runs of fltrust_mnist over attacks, strengths and numbers of attackers."""
+    """Short runs of fltrust_mnist over attacks, clients' data and root datasets."""
 
     data_dir: Path | None = None
     """As for fltrust_mnist."""
@@ -52,10 +71,13 @@ class Config:
     """Seed of every cell."""
 
 
-def cell_config(config: Config, cell: tuple[str, float, float]) -> fltrust_mnist.Config:
-    attack, strength, attackers = cell
+def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
     preset = "demo" if config.dataset == "digits" else "table"
-    out = config.out / f"{attack}-{strength:g}-{attackers:g}"
+    root = f"root{cell.root_size}"
+    if cell.root_bias is not None:
+        root += f"-bias{cell.root_bias:g}"
+    what = f"{cell.attack}-{cell.strength:g}-{cell.attackers:g}"
+    out = config.out / f"{what}-{cell.clients}-{root}"
     return dataclasses.replace(
         fltrust_mnist.PRESETS[preset],
         dataset=config.dataset,
@@ -66,9 +88,12 @@ def cell_config(config: Config, cell: tuple[str, float, float]) -> fltrust_mnist
         epochs=config.epochs,
         seed=config.seed,
         eval_every=5,
-        attack=attack,
-        attack_strength=strength,
-        attackers=attackers,
+        partition=cell.clients,
+        root_size=cell.root_size,
+        root_bias=cell.root_bias,
+        attack=cell.attack,
+        attack_strength=cell.strength,
+        attackers=cell.attackers,
         aggregators=SYSTEMS,
     )
 
@@ -96,8 +121,13 @@ def scan_table(config: Config) -> str:
         for name in names:
             accuracy = systems[name]["accuracy"]
             values.append(f"{accuracy['final']:.3f} ({accuracy['mean_of_run']:.3f})")
-        rows.append((f"{cell[0]} {cell[1]:g}", f"{cell[2]:.0%}", *values))
-    return fs.report.markdown_table(("attack", "attackers", *names), rows)
+        root = f"{cell.root_size}"
+        if cell.root_bias is not None:
+            root += f", {cell.root_bias:.0%} of one class"
+        attack, attackers = f"{cell.attack} {cell.strength:g}", f"{cell.attackers:.0%}"
+        rows.append((attack, attackers, cell.clients, root, *values))
+    header = ("attack", "attackers", "clients", "root samples", *names)
+    return fs.report.markdown_table(header, rows)
 
 
 def main() -> None:
@@ -114,7 +144,7 @@ def main() -> None:
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
         text = (
-            f"# Attacks in the source study's setting, {config.rounds} rounds of "
+            f"# Variations of the source study's setting, {config.rounds} rounds of "
             f"{config.epochs} local epochs\n\nTest accuracy at the last round (in "
             "brackets: mean of all evaluations, every 5 rounds), "
             f"{config.dataset}, seed {config.seed}.\n\n{scan_table(config)}\n"

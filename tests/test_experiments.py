@@ -455,7 +455,12 @@ def test_long_runs_are_announced(tmp_path, monkeypatch, capsys):
 
 def test_scan_runs_each_cell_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        fltrust_scan, "CELLS", (("sign_flip", 1.0, 0.2), ("ipm", 2.0, 0.2))
+        fltrust_scan,
+        "CELLS",
+        (
+            fltrust_scan.Cell("sign_flip", 1.0, 0.2),
+            fltrust_scan.Cell("ipm", 2.0, 0.2, "iid", root_size=10, root_bias=0.8),
+        ),
     )
     monkeypatch.setattr(fltrust_scan, "SYSTEMS", ("fedavg",))
     arguments = ["scan", "--dataset", "digits", "--rounds", "1", "--epochs", "1"]
@@ -464,6 +469,7 @@ def test_scan_runs_each_cell_once(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "scan" / "scan.md").read_text()
     assert "sign_flip 1" in table
     assert "ipm 2" in table
+    assert "10, 80% of one class" in table
     fltrust_scan.main()
     assert capsys.readouterr().out.count("done before") == 2
 
