@@ -271,6 +271,12 @@ def check(config: Config) -> None:
         raise ValueError("--aggregators needs at least one name.")
     if len(set(config.aggregators)) < len(config.aggregators):
         raise ValueError(f"--aggregators repeats a name: {config.aggregators}.")
+    default = inspect.signature(fs.aggregators.dual_system).parameters["variant"]
+    if {"dual_system", f"dual_system:{default.default}"} <= set(config.aggregators):
+        raise ValueError(
+            f"--aggregators names one rule twice: dual_system is "
+            f"dual_system:{default.default}. Drop one."
+        )
     if config.attack == "scaling" and config.attack_strength is None:
         raise ValueError("--attack scaling needs --attack-strength, its factor.")
     preset = PRESETS[config.preset]
@@ -357,12 +363,15 @@ def settings(config: Config) -> str:
     if partition in ONLY_WITH.values():
         option = next(o for o, p in ONLY_WITH.items() if p == partition)
         partition += f"({getattr(config, option):g})"
+    root = f"{config.root_size}"
+    if config.root_bias is not None:
+        root += f" ({config.root_bias:.0%} of them of class 1)"
     return (
         f"{config.dataset}, {config.model}, {config.clients} clients ({partition}), "
         f"{cohort_size(config)} sampled per round; {num_attackers(config)} of all "
         f"clients are Byzantine ({config.attack}{strength}), rules assume "
         f"{assumed_byzantine(config)} per cohort; {config.epochs} local epochs, batch "
-        f"{config.batch_size}, rate {config.lr:g}, root dataset of {config.root_size}, "
+        f"{config.batch_size}, rate {config.lr:g}, root dataset of {root}, "
         f"seed {config.seed}"
         + (
             f" and the {config.num_seeds - 1} after it."

@@ -58,11 +58,10 @@ def write(
         comparable: whether the source study's figures belong beside these.
     """
     histories = result.histories
-    start = config.rounds if config.attack_rounds else 0
     last = max(int(np.max(h.round)) for h in histories.values())
-    at = tuple(start + r for r in SOURCE_ROUNDS if start + r <= last)
+    at = [r for r in SOURCE_ROUNDS if r <= last] if comparable else None
     header, rows = fs.report.table(histories, rounds=at)
-    if comparable:
+    if at is not None:
         whole = last == SOURCE_ROUNDS[-1]
         rows = [r for own in rows for r in (own, _source_row(own, len(at), whole)) if r]
     detection = _detection_rows(histories)

@@ -39,6 +39,7 @@ class Cell(NamedTuple):
 
 
 CELLS: tuple[Cell, ...] = (
+    Cell("sign_flip", 5.0, 0.2, "iid", root_bias=1.0),
     Cell("sign_flip", 5.0, 0.2, "iid", root_size=10, root_bias=0.8),
     Cell("sign_flip", 5.0, 0.2, "iid"),
     Cell("sign_flip", 5.0, 0.2),

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -94,11 +95,10 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
     Raises:
         ValueError: naming the rounds done and asked for; or checkpoints that are gone.
     """
-    folder = config.out / "checkpoints"
     first = 0
     for phase in phases:
         last = first + phase.num_rounds
-        latest = checkpoint.latest_round(folder / phase.name)
+        latest = checkpoint.latest_round(_checkpoints(config, phase))
         if latest is not None and latest > last:
             raise ValueError(
                 f"{config.out} is already at round {latest} ({phase.name}); the "
@@ -106,11 +106,16 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
                 "choose another --out."
             )
         first = last
-    if (config.out / "metrics.csv").exists() and not folder.is_dir():
+    checkpoints = config.out / "checkpoints"
+    if (config.out / "metrics.csv").exists() and not checkpoints.is_dir():
         raise ValueError(
             f"{config.out} holds results, but its checkpoints are gone: it cannot be "
             "continued. Choose another --out."
         )
+
+
+def _checkpoints(config: Any, phase: Phase) -> Path:
+    return config.out / "checkpoints" / phase.name
 
 
 def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
@@ -139,6 +144,37 @@ def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
     return Result(histories, float(seconds[0]), float(seconds[1]))
 
 
+class _Played(NamedTuple):
+    """How far a phase is, as its checkpoint has it."""
+
+    states: dict[str, fs.RoundState]
+    history: dict[str, fs.History]  # empty before the first segment
+    seconds: np.ndarray  # compiling and running, of all processes that worked on it
+
+
+def _latest(
+    config: Any, phase: Phase, comparison: fs.Comparison, start: _Played
+) -> _Played | None:
+    """What the last checkpoint of a phase holds; None where there is none."""
+    directory = _checkpoints(config, phase)
+    latest = checkpoint.latest_round(directory)
+    if latest is None:
+        return None
+    first = _round_of(start.states)
+
+    def template(round: int) -> Any:
+        shapes = comparison.shapes(start.states, round - first, config.eval_every)
+        return (*shapes, start.seconds)
+
+    states, history, seconds = checkpoint.load(directory, latest, template)
+    # jax sorts dictionaries by key; keep the order of the systems.
+    return _Played(
+        {name: states[name] for name in phase.systems},
+        {name: jax.device_get(history[name]) for name in phase.systems},
+        np.array(seconds),
+    )
+
+
 def _run_phase(
     config: Any,
     phase: Phase,
@@ -146,26 +182,15 @@ def _run_phase(
     states: dict[str, fs.RoundState],
     earlier: dict[str, fs.History],
     console: Console,
-) -> tuple[dict[str, fs.RoundState], dict[str, fs.History], np.ndarray]:
-    directory = config.out / "checkpoints" / phase.name
+) -> _Played:
+    """Plays a phase from its last checkpoint, or from ``states``, to its end."""
     first = _round_of(states)
     last = first + phase.num_rounds
-    done = first
-    history: dict[str, fs.History] = {}
-    seconds = np.zeros(2, np.float32)  # of all processes that worked on this phase
-    latest = checkpoint.latest_round(directory)
-    if latest is not None:
-
-        def template(round: int) -> Any:
-            shapes = comparison.shapes(states, round - first, config.eval_every)
-            return (*shapes, seconds)
-
-        states, history, seconds = checkpoint.load(directory, latest, template)
-        # jax sorts dictionaries by key; keep the order of the systems.
-        states = {name: states[name] for name in phase.systems}
-        history = {name: jax.device_get(history[name]) for name in phase.systems}
-        seconds = np.array(seconds)
-        done = latest
+    start = _Played(states, {}, np.zeros(2, np.float32))
+    found = _latest(config, phase, comparison, start)
+    states, history, seconds = found or start
+    done = _round_of(states)
+    if found:
         console.print(f"resumed {phase.name} at round {done}")
     elif config.resume:
         console.print(f"{phase.name}: no checkpoint yet, starting at round {done}")
@@ -205,7 +230,9 @@ def _run_phase(
                 new = {n: _append(history[n], new[n]) for n in new}
             history = new
             done += length
-            checkpoint.save(directory, done, (states, history, seconds))
+            checkpoint.save(
+                _checkpoints(config, phase), done, (states, history, seconds)
+            )
             shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
             write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
             known = [(n, latest_accuracy(h)) for n, h in shown.items()]
@@ -217,7 +244,7 @@ def _run_phase(
     shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
     write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
     write_clients(config.out / "clients.npz", earlier | shown)
-    return states, shown, seconds
+    return _Played(states, shown, seconds)
 
 
 def _timed(call: Any) -> tuple[float, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from fedjax_sim.models import Model
-from fedjax_sim.registry import check_count
+from fedjax_sim.registry import check_count, check_type
 from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
@@ -45,18 +45,13 @@ def check_types(sim: "Simulation") -> None:
     optional = {"test", "root", "attack", "data_attack"}
     for field, kind in expected.items():
         value = getattr(sim, field)
-        if isinstance(value, kind) or (value is None and field in optional):
+        if value is None and field in optional:
             continue
         hint = ""
         if isinstance(value, DataAttack | UpdateAttack):
             right = "data_attack" if isinstance(value, DataAttack) else "attack"
-            hint = f" Pass it as {right}=."
-        elif callable(value):
-            hint = " Did you forget to call the factory, as in median()?"
-        raise TypeError(
-            f"{field} must be of type {kind.__name__}; got {type(value).__name__}."
-            f"{hint}"
-        )
+            hint = f"Pass it as {right}=."
+        check_type(field, value, kind, hint)
     check_count("num_byzantine", sim.num_byzantine, 0)
     for field in ("cohort_size", "root_steps", "client_chunk"):
         value = getattr(sim, field)

@@ -24,6 +24,7 @@ def ravel_clients(stacked: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
 
     Raises:
         TypeError: no leaf, or one that is not floating-point or lacks the client axis.
+        ValueError: no client.
     """
     leaves = jax.tree.leaves(stacked)
     for leaf in leaves or [None]:
@@ -34,6 +35,8 @@ def ravel_clients(stacked: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
                 f"{kind}{getattr(leaf, 'shape', '')}. Use astype(float32)."
             )
     rows = leaves[0].shape[0]
+    if rows == 0:
+        raise ValueError("updates need at least one client (row); got none.")
     dtypes = jax.tree.map(lambda x: x.dtype, stacked)
     template = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), stacked)
     _, unravel_float32 = ravel_pytree(template)

@@ -1,8 +1,8 @@
-"""Checks of what a user gives: names of factories, and counts."""
+"""Checks of what a user gives: names of factories, types, and counts."""
 
 import difflib
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,8 +30,29 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
     )
 
 
-def check_count(what: str, value: object, lowest: int) -> None:
-    """Refuses a count that is not a whole number, or is below ``lowest``.
+def check_type(what: str, value: object, kind: type, hint: str = "") -> None:
+    """Refuses a value of another type, which a NamedTuple would let pass.
+
+    Raises:
+        TypeError: with the type expected and the one that came.
+
+    Example:
+        >>> check_type("seed", print, int)
+        Traceback (most recent call last):
+        ...
+        TypeError: seed must be of type int; got builtin_function_or_method. Did you \
+forget to call the factory, as in median()?
+    """
+    if isinstance(value, kind):
+        return
+    if callable(value) and not hint:
+        hint = "Did you forget to call the factory, as in median()?"
+    message = f"{what} must be of type {kind.__name__}; got {type(value).__name__}."
+    raise TypeError(f"{message} {hint}".rstrip())
+
+
+def check_count(what: str, value: Any, lowest: int) -> int:
+    """``value``, refused unless it is an integer of at least ``lowest``.
 
     Raises:
         TypeError: not an integer.
@@ -41,9 +62,10 @@ def check_count(what: str, value: object, lowest: int) -> None:
         >>> check_count("num_rounds", 0, 1)
         Traceback (most recent call last):
         ...
-        ValueError: num_rounds must be >= 1; got 0.
+        ValueError: num_rounds must be an integer of at least 1; got 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{what} must be an integer; got {value!r}.")
-    if value < lowest:
-        raise ValueError(f"{what} must be >= {lowest}; got {value}.")
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole and value >= lowest):
+        error = ValueError if whole else TypeError
+        raise error(f"{what} must be an integer of at least {lowest}; got {value!r}.")
+    return int(value)

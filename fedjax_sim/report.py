@@ -183,7 +183,7 @@ def detection_plot(
 
 def table(
     histories: Histories,
-    rounds: Sequence[int] = (20, 40, 60, 80, 100),
+    rounds: Sequence[int] | None = None,
     tail: int = 5,
     digits: int = 4,
 ) -> Table:
@@ -195,7 +195,8 @@ def table(
     Args:
         histories: system name to history.
         rounds: rounds to show; ``-`` where a system was not evaluated in exactly that
-            round.
+            round. By default up to four evenly spaced evaluations before the last,
+            with several seeds one, which fits a terminal of 80 columns.
         tail: number of last evaluations in the mean of the last column; ``-`` where
             there are fewer.
         digits: decimals.
@@ -224,6 +225,11 @@ def table(
     evaluated = {name: _evaluated(name, h) for name, h in histories.items()}
     last = {int(at[-1]) for at, _ in evaluated.values()}
     same_end = len(last) == 1
+
+    if rounds is None:
+        at, accuracy = max(evaluated.values(), key=lambda found: found[0][-1])
+        step = -(-len(at) // (5 if len(accuracy) == 1 else 2))
+        rounds = [int(number) for number in at[step - 1 : -1 : step]]
 
     cell = partial(_mean_and_spread, digits=digits)
 

@@ -312,6 +312,10 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"aggregators": ("dual_system:softt",)}, "Did you mean 'soft'"),
         ({"aggregators": ("krum:soft",)}, "only dual_system has variants"),
         ({"aggregators": ("krum", "krum")}, "repeats a name"),
+        (
+            {"aggregators": ("dual_system", "dual_system:filter_then_trust")},
+            "names one rule twice",
+        ),
         ({"max_byzantine": 3}, r"dual_system needs.*cohort_size"),
         ({"cohort": 21}, r"--cohort must be from 1 to --clients \(20\)"),
         ({"cohort": 0}, "--cohort must be from 1"),

@@ -168,6 +168,29 @@ def test_table_of_one_seed():
     assert table.rows == [("median", "0.500", "-", "1.000", "-", "1.000", "0.875")]
 
 
+@pytest.mark.parametrize(
+    ("last", "every", "seeds", "expected"),
+    [
+        (100, 5, 1, [20, 40, 60, 80]),
+        (40, 5, 1, [10, 20, 30]),
+        (20, 5, 1, [5, 10, 15]),
+        (3, 3, 1, []),
+        (100, 5, 5, [50]),
+        (23, 10, 1, [10, 20]),
+    ],
+)
+def test_table_chooses_evenly_spaced_rounds(last, every, seeds, expected):
+    rounds = np.arange(1, last + 1)
+    evaluated = (rounds % every == 0) | (rounds == last)
+    accuracy = np.where(evaluated, 0.5, NAN)
+    if seeds > 1:
+        rounds, accuracy = (np.tile(x, (seeds, 1)) for x in (rounds, accuracy))
+    early = make_history([0.1])
+    history = ONE._replace(round=rounds, accuracy=accuracy)
+    header, _ = report.table({"early": early, "late": history})
+    assert header[1:-2] == tuple(f"round {number}" for number in expected)
+
+
 def test_table_of_several_seeds():
     _, rows = report.table({"krum": SEEDS}, rounds=(2,), tail=2, digits=3)
     # Seeds 0.25 and 0.75, then 0.5 and 1, and tail means 0.375 and 0.875.

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,6 @@ def stateless(params: Params, num_clients: int) -> tuple[()]:
     """The ``init`` of a rule that remembers nothing."""
     del params, num_clients
     return ()
-
-
-def integer(rule: str, option: str, value: Any, minimum: int) -> int:
-    """``value`` as an int that is at least ``minimum``; ValueError otherwise."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < minimum:
-        raise ValueError(
-            f"{rule} needs {option} to be an integer >= {minimum}; got {value!r}. "
-            "It is a number of clients."
-        )
-    return int(value)
 
 
 def number(

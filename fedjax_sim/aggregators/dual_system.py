@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import (
     assumed_counts,
-    integer,
     normalize,
     number,
     root_vector,
@@ -17,7 +16,7 @@ from fedjax_sim.aggregators.krum import validate_krum
 from fedjax_sim.distances import krum_scores, lowest, pairwise_sq_distances
 from fedjax_sim.order import median
 from fedjax_sim.pytrees import participants, unit
-from fedjax_sim.registry import lookup
+from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
@@ -160,9 +159,9 @@ def dual_system(
         "tau_max": tau_max,
     }
     options = _options(variant, given)
-    integer("dual_system", "max_byzantine", max_byzantine, 0)
+    check_count("dual_system's max_byzantine", max_byzantine, 0)
     if num_selected is not None:
-        integer("dual_system", "num_selected", num_selected, 1)
+        check_count("dual_system's num_selected", num_selected, 1)
     to_root = lookup("dual_system fallback", fallback, _FALLBACKS)
     gate_first = variant == "trust_then_filter" or (
         variant == "dynamic_trust" and _BASES[options["base"]]

@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import integer, normalize, weighted_sum
+from fedjax_sim.aggregators.common import normalize, weighted_sum
 from fedjax_sim.pytrees import participants
-from fedjax_sim.registry import lookup
+from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
@@ -61,7 +61,7 @@ def fedavg(weighting: str = "data", denominator: str = "cohort") -> Aggregator:
         return jnp.float32(num_clients) if over_all else ()
 
     def validate(cohort_size: int) -> None:
-        integer("fedavg", "cohort_size", cohort_size, 1)
+        check_count("fedavg's cohort_size", cohort_size, 1)
 
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import (
-    integer,
     normalize,
     root_vector,
     stateless,
     weighted_sum,
 )
 from fedjax_sim.pytrees import participants
+from fedjax_sim.registry import check_count
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 # Below this a norm, or a sum of trust, counts as zero.
@@ -61,7 +61,7 @@ def fltrust() -> Aggregator:
     """
 
     def validate(cohort_size: int) -> None:
-        integer("fltrust", "cohort_size", cohort_size, 1)
+        check_count("fltrust's cohort_size", cohort_size, 1)
 
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext

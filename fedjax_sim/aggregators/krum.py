@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import (
     assumed_counts,
-    integer,
     normalize,
     require,
     stateless,
@@ -19,7 +18,7 @@ from fedjax_sim.distances import (
     pairwise_sq_distances,
 )
 from fedjax_sim.pytrees import participants
-from fedjax_sim.registry import lookup
+from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
 # Neighbours summed: those that take part, minus f, minus this.
@@ -31,7 +30,7 @@ def validate_krum(
     rule: str, cohort_size: int, max_byzantine: int, num_selected: int | None = None
 ) -> None:
     """ValueError unless ``n >= 2f + 3`` and ``m <= n``; a warning if ``m > n - f``."""
-    integer(rule, "cohort_size", cohort_size, 1)
+    check_count(f"{rule}'s cohort_size", cohort_size, 1)
     if cohort_size < 2 * max_byzantine + 3:
         most = (cohort_size - 3) // 2
         lower = f"Lower max_byzantine to {most} or use" if most >= 0 else "Use"
@@ -98,7 +97,7 @@ def krum(
     becomes ``max(0, f - rows left out)``; with fewer than ``2f + 3`` participants the
     aggregate is zero and everybody is flagged.
     """
-    integer("krum", "max_byzantine", max_byzantine, 0)
+    check_count("krum's max_byzantine", max_byzantine, 0)
     fewer = lookup("krum neighbours", neighbours, _NEIGHBOURS)
 
     def validate(cohort_size: int) -> None:
@@ -169,10 +168,10 @@ def multi_krum(
     and a larger ``num_selected`` selects every participant; with fewer than ``2f + 3``
     participants the aggregate is zero and everybody is flagged.
     """
-    integer("multi_krum", "max_byzantine", max_byzantine, 0)
+    check_count("multi_krum's max_byzantine", max_byzantine, 0)
     iterative = lookup("multi_krum rule", rule, _RULES)
     if num_selected is not None:
-        integer("multi_krum", "num_selected", num_selected, 1)
+        check_count("multi_krum's num_selected", num_selected, 1)
         if iterative:
             raise ValueError(
                 "multi_krum with rule='iterative' selects n - 2f - 2 clients; got "

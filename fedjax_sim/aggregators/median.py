@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import integer, stateless
+from fedjax_sim.aggregators.common import stateless
 from fedjax_sim.order import mean_of_ranks, median_ranks
 from fedjax_sim.pytrees import participants
+from fedjax_sim.registry import check_count
 from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
 
@@ -44,7 +45,7 @@ def median(even: str = "midpoint") -> Aggregator:
     median_ranks(1, even)
 
     def validate(cohort_size: int) -> None:
-        integer("median", "cohort_size", cohort_size, 1)
+        check_count("median's cohort_size", cohort_size, 1)
 
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext

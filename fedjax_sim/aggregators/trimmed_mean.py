@@ -4,9 +4,10 @@ import math
 
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import assumed_counts, integer, number, stateless
+from fedjax_sim.aggregators.common import assumed_counts, number, stateless
 from fedjax_sim.order import mean_of_ranks
 from fedjax_sim.pytrees import participants
+from fedjax_sim.registry import check_count
 from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
 
@@ -57,7 +58,7 @@ def trimmed_mean(
         )
     count, fraction = 0, 0.0
     if trim is None:
-        count = integer("trimmed_mean", "max_byzantine", max_byzantine, 0)
+        count = check_count("trimmed_mean's max_byzantine", max_byzantine, 0)
     else:
         fraction = number("trimmed_mean", "trim", trim, 0.0, 0.5, "[)")
 
@@ -66,7 +67,7 @@ def trimmed_mean(
         return count + math.floor(round(fraction * cohort_size, 9))
 
     def validate(cohort_size: int) -> None:
-        integer("trimmed_mean", "cohort_size", cohort_size, 1)
+        check_count("trimmed_mean's cohort_size", cohort_size, 1)
         b = cut(cohort_size)
         if 2 * b >= cohort_size:
             raise ValueError(

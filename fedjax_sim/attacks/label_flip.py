@@ -1,12 +1,10 @@
 """Label flip: train honestly on wrong labels."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import finite_number
-from fedjax_sim.registry import lookup
+from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import Array, ClientData, DataAttack, RoundContext
 
 MODES = {
@@ -15,16 +13,6 @@ MODES = {
     "targeted": "y' = target where y = source",
     "random": "y' uniform over the other classes",
 }
-
-
-def _integer(option: str, value: int) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"label_flip needs an integer {option}; got {value!r} "
-            f"({type(value).__name__})."
-        ) from None
 
 
 def _class_pair(
@@ -43,7 +31,8 @@ def _class_pair(
             "label_flip with mode='targeted' needs both source and target; got "
             f"source={source}, target={target}."
         )
-    source, target = _integer("source", source), _integer("target", target)
+    check_count("label_flip's source", source, 0)
+    check_count("label_flip's target", target, 0)
     if source == target or not {source, target} <= set(range(num_classes)):
         raise ValueError(
             f"label_flip needs two different classes from 0 to {num_classes - 1}; got "
@@ -119,12 +108,7 @@ def label_flip(
         V. Tolpegin, S. Truex, M. E. Gursoy and L. Liu, "Data poisoning attacks against
         federated learning systems", ESORICS 2020 (targeted).
     """
-    num_classes = _integer("num_classes", num_classes)
-    if num_classes < 2:
-        raise ValueError(
-            f"label_flip needs num_classes >= 2; got num_classes={num_classes}. There "
-            "is no other class to flip to."
-        )
+    check_count("label_flip's num_classes", num_classes, 2)
     lookup("mode of label_flip", mode, MODES)
     pair = _class_pair(num_classes, mode, source, target)
     fraction = finite_number("label_flip", "fraction", fraction)

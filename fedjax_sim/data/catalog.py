@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedjax_sim.data import images, tfds
 from fedjax_sim.data.sources import resolve_data_dir
-from fedjax_sim.registry import lookup
+from fedjax_sim.registry import check_type, lookup
 from fedjax_sim.types import Dataset
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -38,6 +38,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         [s]`` targets.
 
     Raises:
+        TypeError: the name is no text.
         ValueError: unknown name, a corrupt file, or a TFDS set that is not image
             classification with a fixed image shape.
         FileNotFoundError: found nowhere and not to be had; lists every place tried.
@@ -47,6 +48,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         >>> data.train.inputs.shape, str(data.train.inputs.dtype), data.num_classes
         ((1442, 8, 8, 1), 'uint8', 10)
     """
+    check_type("name", name, str, "Give one such as 'digits'.")
     folder = resolve_data_dir(data_dir)
     if name.startswith("tfds:"):
         return tfds.load(name, folder)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.data.partition import Partition, check_count
+from fedjax_sim.data.partition import Partition
 from fedjax_sim.data.root import draw_root
+from fedjax_sim.registry import check_count, check_type
 from fedjax_sim.types import Clients, Dataset, Examples
 
 
@@ -40,6 +41,7 @@ def federate(
         NumPy arrays (None with ``root_size=0``).
 
     Raises:
+        TypeError: ``data`` or ``partition`` is something else, or a number no integer.
         ValueError: numbers that cannot be met (a root dataset larger than the data,
             more clients than samples, a client left without samples).
 
@@ -49,6 +51,8 @@ def federate(
         >>> clients.num_clients, int(clients.sizes().sum()), root.inputs.shape
         (20, 1392, (50, 8, 8, 1))
     """
+    check_type("data", data, Dataset, "Load it: fs.data.load('digits').")
+    check_type("partition", partition, Partition, "Make one: fs.data.iid().")
     targets = np.asarray(data.train.targets)
     if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
         raise ValueError(

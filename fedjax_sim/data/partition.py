@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_sim.registry import check_count
+
 MAX_REDRAWS = 300
 
 
@@ -254,15 +256,6 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
     "shards": shards,
     "label_bias": label_bias,
 }
-
-
-def check_count(what: str, value: int, least: int) -> None:
-    """Raises ValueError unless ``value`` is an integer of at least ``least``."""
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or value < least:
-        raise ValueError(
-            f"{what} must be an integer of at least {least}; got {value!r}."
-        )
 
 
 def _shuffled_by_label(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:

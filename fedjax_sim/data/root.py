@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fedjax_sim.data.partition import check_count
+from fedjax_sim.registry import check_count
 
 
 def draw_root(

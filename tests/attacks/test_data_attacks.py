@@ -178,7 +178,10 @@ def targeted(source, target):
 
 
 REFUSED = {
-    "one class": (lambda: attacks.label_flip(1), "num_classes >= 2"),
+    "one class": (
+        lambda: attacks.label_flip(1),
+        "num_classes must be an integer of at least 2",
+    ),
     "mode": (lambda: attacks.label_flip(L, "symetric"), "Did you mean 'symmetric'"),
     "fraction": (lambda: attacks.label_flip(L, fraction=1.1), "from 0 to 1"),
     "fraction nan": (lambda: attacks.label_flip(L, fraction=np.nan), "finite fraction"),
@@ -191,7 +194,7 @@ REFUSED = {
     "no source": (targeted(None, 1), "needs both source and target"),
     "same": (targeted(2, 2), "two different classes from 0 to 6"),
     "out of range": (targeted(2, 7), "two different classes from 0 to 6"),
-    "negative": (targeted(-1, 2), "two different classes from 0 to 6"),
+    "negative": (targeted(-1, 2), "source must be an integer of at least 0; got -1"),
 }
 
 
@@ -202,8 +205,8 @@ def test_unsound_options_are_refused(make, message):
 
 
 def test_classes_must_be_integers():
-    with pytest.raises(TypeError, match="needs an integer num_classes"):
+    with pytest.raises(TypeError, match="num_classes must be an integer"):
         attacks.label_flip(10.0)
-    with pytest.raises(TypeError, match="integer source"):
+    with pytest.raises(TypeError, match="source must be an integer"):
         attacks.label_flip(10, "targeted", "3", 2)
     attacks.label_flip(np.int64(10))

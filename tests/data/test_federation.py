@@ -97,7 +97,6 @@ def test_hundred_thousand_clients_is_the_same_program(labelled):
     ("options", "message"),
     [
         ({"num_clients": 0}, "num_clients must be an integer of at least 1; got 0"),
-        ({"num_clients": 2.0}, "num_clients must be an integer"),
         ({"num_clients": 100}, "num_clients=100 and 90 training samples"),
         ({"root_size": -1}, "root_size must be"),
         ({"root_size": 100}, "root_size=100 of 100 samples"),
@@ -113,6 +112,22 @@ def test_refuses(labelled, options, message):
     settings = {"num_clients": 10, "partition": iid(), "root_size": 10, **options}
     with pytest.raises(ValueError, match=message):
         federate(labelled(100), **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "digits"}, "data must be of type Dataset; got str. Load it"),
+        ({"partition": "iid"}, "partition must be of type Partition; got str"),
+        ({"partition": iid}, "must be of type Partition; got function. Make one"),
+        ({"num_clients": 2.0}, "num_clients must be an integer"),
+        ({"root_size": 10.0}, "root_size must be an integer"),
+    ],
+)
+def test_refuses_other_types(labelled, options, message):
+    settings = {"data": labelled(100), "num_clients": 10, "partition": iid(), **options}
+    with pytest.raises(TypeError, match=message):
+        federate(**settings)
 
 
 @pytest.mark.parametrize("targets", [np.zeros((100, 3), int), np.zeros(100)])

@@ -129,3 +129,8 @@ def test_data_dir_is_never_written_when_it_holds_the_source(idx_set):
 def test_unknown_name(name, message):
     with pytest.raises(ValueError, match=message.replace("?", ".")):
         load(name)
+
+
+def test_name_must_be_text():
+    with pytest.raises(TypeError, match="name must be of type str; got int"):
+        load(3)

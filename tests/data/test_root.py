@@ -47,7 +47,6 @@ def test_size_zero_gives_none():
     ("options", "message"),
     [
         ({"size": -1}, "root_size must be an integer of at least 0; got -1"),
-        ({"size": 10.0}, "root_size must be an integer"),
         ({"size": 5000}, "root_size=5000 of 5000 samples"),
         ({"size": 9999}, "must leave training samples for the clients"),
         ({"size": 10, "bias": 1.5}, "root_bias=1.5"),
