@@ -59,83 +59,84 @@ class Config:
 
     STUDY: ClassVar[str] = "fltrust_mnist"
 
+    #: Starting values of the other options. table: the source study's section 4,
+    #: MNIST, 100 rounds, 10 of 100 clients a round. paper: its section 2, 1000 clean
+    #: rounds, then 200 attacked and 200 defended. demo: embedded digits, about a minute
+    #: on 2 cores.
     preset: Literal["table", "paper", "demo"] = "table"
-    """Starting values of the other options. table: the source study's section 4, MNIST,
-    100 rounds, 10 of 100 clients a round. paper: its section 2, 1000 clean rounds, then
-    200 attacked and 200 defended. demo: embedded digits, about a minute on 2 cores."""
+    #: digits (embedded), mnist, fashion_mnist, or tfds:NAME.
     dataset: str = "mnist"
-    """digits (embedded), mnist, fashion_mnist, or tfds:NAME."""
+    #: Folder with idx/mnist/*.gz or tfds/mnist/...; downloads land there.
+    #: Default: $FEDJAX_SIM_DATA, else a user cache folder.
     data_dir: Path | None = None
-    """Folder with idx/mnist/*.gz or tfds/mnist/...; downloads land there. Default:
-    $FEDJAX_SIM_DATA, else a user cache folder."""
+    #: Folder for the results; refused if it holds any, unless --resume is given.
     out: Path = Path("runs/fltrust_mnist")
-    """Folder for the results; refused if it holds any, unless --resume is given."""
+    #: Continue the run in --out from its last checkpoint, or extend it to --rounds.
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, or extend it to --rounds."""
+    #: Rounds between checkpoints. Default: about a twentieth of the run.
     segment: int | None = None
-    """Rounds between checkpoints. Default: about a twentieth of the run."""
+    #: Communication rounds (preset paper: of clean training).
     rounds: int = 100
-    """Communication rounds (preset paper: of clean training)."""
+    #: If above 0, train only FedAvg without attack for --rounds, then run the attacked
+    #: and defended systems for this many rounds from its final state.
     attack_rounds: int = 0
-    """If above 0, train only FedAvg without attack for --rounds, then run the attacked
-    and defended systems for this many rounds from its final state."""
+    #: Evaluate on the test set after every this many rounds, and after the last.
     eval_every: int = 5
-    """Evaluate on the test set after every this many rounds, and after the last."""
+    #: Seed of everything but the partition.
     seed: int = 0
-    """Seed of everything but the partition."""
+    #: Run seeds seed, seed+1, ... side by side; they share the partition.
     num_seeds: int = 1
-    """Run seeds seed, seed+1, ... side by side; they share the partition."""
 
+    #: Number of clients.
     clients: int = 100
-    """Number of clients."""
+    #: Clients sampled each round, or all.
     cohort: int | Literal["all"] = 10
-    """Clients sampled each round, or all."""
+    #: iid, shards, dirichlet or label_bias.
     partition: str = "shards"
-    """iid, shards, dirichlet or label_bias."""
+    #: shards: label-sorted shards per client.
     shards_per_client: int = 2
-    """shards: label-sorted shards per client."""
+    #: dirichlet: concentration; smaller is more heterogeneous.
     alpha: float = 0.5
-    """dirichlet: concentration; smaller is more heterogeneous."""
+    #: label_bias: probability q that a sample goes to the group of its label.
     bias: float = 0.5
-    """label_bias: probability q that a sample goes to the group of its label."""
+    #: Seed of the partition and of the root dataset.
     partition_seed: int = 0
-    """Seed of the partition and of the root dataset."""
+    #: Clean samples of the server, disjoint from every client and from the test set.
     root_size: int = 100
-    """Clean samples of the server, disjoint from every client and from the test set."""
+    #: Share of class 1 in the root dataset (FLTrust's bias); default: none.
     root_bias: float | None = None
-    """Share of class 1 in the root dataset (FLTrust's bias); default: none."""
+    #: Local steps of the root update. Default: as many as a client takes.
     root_steps: int | None = None
-    """Local steps of the root update. Default: as many as a client takes."""
 
+    #: cnn (FLTrust's), digits_cnn or mlp.
     model: str = "cnn"
-    """cnn (FLTrust's), digits_cnn or mlp."""
+    #: Local epochs.
     epochs: int = 5
-    """Local epochs."""
+    #: Local batch size.
     batch_size: int = 10
-    """Local batch size."""
+    #: Local learning rate (plain SGD).
     lr: float = 0.01
-    """Local learning rate (plain SGD)."""
+    #: At most this many clients side by side; default: by backend and model size.
     client_chunk: int | None = None
-    """At most this many clients side by side; default: by backend and model size."""
 
+    #: sign_flip, gaussian, scaling, ipm, alie or label_flip.
     attack: str = "sign_flip"
-    """sign_flip, gaussian, scaling, ipm, alie or label_flip."""
+    #: sign_flip: scale; gaussian: std; scaling: factor; ipm: epsilon; alie: z;
+    #: label_flip: fraction of samples. Default: the preset's (sign_flip 5; demo 3);
+    #: with --attack, the attack's own: sign_flip 1, gaussian 1, ipm 0.1, alie its
+    #: z_max, label_flip 1; scaling has none.
     attack_strength: float | None = None
-    """sign_flip: scale; gaussian: std; scaling: factor; ipm: epsilon; alie: z;
-    label_flip: fraction of samples. Default: the preset's (sign_flip 5; demo 3); with
-    --attack, the attack's own: sign_flip 1, gaussian 1, ipm 0.1, alie its z_max,
-    label_flip 1; scaling has none."""
+    #: Fraction of all clients that are Byzantine, in [0, 1).
     attackers: float = 0.2
-    """Fraction of all clients that are Byzantine, in [0, 1)."""
+    #: Systems under attack, besides FedAvg without attack: fedavg, median,
+    #: trimmed_mean, krum, multi_krum, fltrust, dual_system. A variant is written
+    #: dual_system:VARIANT, with filter_then_trust, trust_then_filter, soft,
+    #: intersection, dynamic_trust or gated_mean.
     aggregators: tuple[str, ...] = ("fedavg", "fltrust", "dual_system")
-    """Systems under attack, besides FedAvg without attack: fedavg, median,
-    trimmed_mean, krum, multi_krum, fltrust, dual_system. A variant is written
-    dual_system:VARIANT, with filter_then_trust, trust_then_filter, soft, intersection,
-    dynamic_trust or gated_mean."""
+    #: Byzantine clients per cohort that the rules assume. Default: the true number if
+    #: all train; for a sample its mean plus one standard deviation, within what Krum
+    #: allows.
     max_byzantine: int | None = None
-    """Byzantine clients per cohort that the rules assume. Default: the true number if
-    all train; for a sample its mean plus one standard deviation, within what Krum
-    allows."""
 
 
 PRESETS: dict[str, Config] = {
@@ -414,7 +415,6 @@ def _matches_source(config: Config) -> bool:
 
 
 def main() -> None:
-    runner.exit_on_interrupt()
     try:
         run(parse(sys.argv[1:]), Console(highlight=False))
     except (ValueError, OSError, OverflowError) as error:
@@ -422,4 +422,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    runner.exit_on_interrupt()
     main()

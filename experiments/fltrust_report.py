@@ -72,7 +72,7 @@ def write(
     console.print(fs.report.rich_table(*detection, title="Detection, whole run"))
     for remark in remarks:
         console.print(remark)
-    fs.report.accuracy_plot(_labelled(histories), config.out / "accuracy.png")
+    plots = {"accuracy": fs.report.accuracy_plot(_labelled(histories))}
     if detecting:
         # All systems, so that each looks as in the other plot; the plot itself leaves
         # out those that reject nobody.
@@ -80,7 +80,10 @@ def write(
             n: h._replace(num_flagged=h.num_flagged - h.num_nonfinite)
             for n, h in histories.items()
         }
-        fs.report.detection_plot(_labelled(own), config.out / "detection.png")
+        plots["detection"] = fs.report.detection_plot(_labelled(own))
+    for name, figure in plots.items():
+        for suffix in ("png", "pdf"):  # to look at; for a paper
+            figure.savefig(config.out / f"{name}.{suffix}")
     results.write_summary(
         config,
         histories,
@@ -102,12 +105,11 @@ def write(
         "## Detection",
         DETECTION_NOTE,
         fs.report.markdown_table(*detection),
-        "![accuracy](accuracy.png)",
-        *(["![detection](detection.png)"] if detecting else []),
+        *(f"![{name}]({name}.png)" for name in plots),
     ]
     results.write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
-    files = "summary.md, accuracy.png" + (", detection.png" if detecting else "")
-    console.print(f"results in {config.out}: {files}, metrics.csv, summary.json")
+    files = ", ".join(f"{name}.png, {name}.pdf" for name in plots)
+    console.print(f"results in {config.out}: summary.md, {files}, metrics.csv")
 
 
 def _labelled(histories: dict[str, fs.History]) -> dict[str, fs.History]:

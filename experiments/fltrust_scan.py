@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import fltrust_mnist, results
+from experiments import fltrust_mnist, results, runner
 
 
 class Cell(NamedTuple):
@@ -43,6 +43,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("sign_flip", 5.0, 0.2, "iid", root_size=10, root_bias=0.8),
     Cell("sign_flip", 5.0, 0.2, "iid"),
     Cell("sign_flip", 5.0, 0.2),
+    Cell("sign_flip", 5.0, 0.2, root_size=10, root_bias=0.8),
     Cell("sign_flip", 5.0, 0.1),
     Cell("sign_flip", 5.0, 0.4),
     Cell("sign_flip", 1.0, 0.2),
@@ -58,18 +59,21 @@ SYSTEMS = ("fedavg", "fltrust", "dual_system", "dual_system:gated_mean")
 class Config:
     """Short runs of fltrust_mnist over attacks, clients' data and root datasets."""
 
+    #: As for fltrust_mnist.
     data_dir: Path | None = None
-    """As for fltrust_mnist."""
+    #: Folder for the cells and scan.md.
     out: Path = Path("runs/scan")
-    """Folder for the cells and scan.md."""
+    #: As for fltrust_mnist; with digits, the model is digits_cnn, the rate 0.1, and all
+    #: clients train each round.
     dataset: str = "mnist"
-    """As for fltrust_mnist; with digits, the model is digits_cnn and training iid."""
+    #: Rounds of every cell.
     rounds: int = 20
-    """Rounds of every cell."""
+    #: Local epochs (the source study has 5).
     epochs: int = 2
-    """Local epochs (the source study has 5)."""
+    #: Seed of every cell.
     seed: int = 0
-    """Seed of every cell."""
+    #: Run seeds seed, seed+1, ... of every cell side by side.
+    num_seeds: int = 1
 
 
 def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
@@ -88,6 +92,7 @@ def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
         rounds=config.rounds,
         epochs=config.epochs,
         seed=config.seed,
+        num_seeds=config.num_seeds,
         eval_every=5,
         partition=cell.clients,
         root_size=cell.root_size,
@@ -132,8 +137,12 @@ def scan_table(config: Config) -> str:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    prog = "python -m experiments.fltrust_scan"
+    config = tyro.cli(Config, description=__doc__, prog=prog)
     console = Console(highlight=False)
+    seeds = f"seed {config.seed}"
+    if config.num_seeds > 1:
+        seeds = f"mean of seeds {config.seed} to {config.seed + config.num_seeds - 1}"
     for number, cell in enumerate(CELLS, start=1):
         own = cell_config(config, cell)
         if finished(own):
@@ -142,16 +151,17 @@ def main() -> None:
         console.print(f"cell {number}/{len(CELLS)} {own.out.name}")
         try:
             fltrust_mnist.run(own, console)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError, OverflowError) as error:
             sys.exit(f"error: {error}")
         text = (
             f"# Variations of the source study's setting, {config.rounds} rounds of "
             f"{config.epochs} local epochs\n\nTest accuracy at the last round (in "
             "brackets: mean of all evaluations, every 5 rounds), "
-            f"{config.dataset}, seed {config.seed}.\n\n{scan_table(config)}\n"
+            f"{config.dataset}, {seeds}.\n\n{scan_table(config)}\n"
         )
         results.write_atomically(config.out / "scan.md", text)
 
 
 if __name__ == "__main__":
+    runner.exit_on_interrupt()
     main()

@@ -116,6 +116,7 @@ def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
 def summarise(history: fs.History) -> dict[str, Any]:
     """Final value, means, and standard deviation over seeds (ddof 1), per metric.
 
+    A seed whose value is undefined (a loss that diverged) is left out of that value.
     ``mean_of_last_5`` is over the last five values there are: evaluations for accuracy
     and loss, rounds for the others; None where there are fewer.
     """
@@ -127,14 +128,13 @@ def summarise(history: fs.History) -> dict[str, Any]:
         if not known.size:
             summary[metric] = None
             continue
+        last = known[~np.isnan(known[:, -1]), -1]
         tail = float(np.nanmean(known[:, -TAIL:])) if known.shape[1] >= TAIL else None
         summary[metric] = {
-            "final": float(np.nanmean(known[:, -1])),
+            "final": float(last.mean()),
             f"mean_of_last_{TAIL}": tail,
             "mean_of_run": float(np.nanmean(known)),
-            "spread_over_seeds": (
-                float(np.nanstd(known[:, -1], ddof=1)) if seeds else None
-            ),
+            "spread_over_seeds": float(np.std(last, ddof=1)) if last.size > 1 else None,
         }
     return summary
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,9 @@ FILES = (
     "summary.json",
     "summary.md",
     "accuracy.png",
+    "accuracy.pdf",
     "detection.png",
+    "detection.pdf",
     "clients.npz",
     "checkpoints",
     "model",
@@ -485,3 +488,17 @@ def test_config_key_ignores_where_and_how_long(tmp_path):
     )
     assert base != results.config_key(config(tmp_path, seed=1))
     assert base != results.config_key(config(tmp_path, lr=0.3))
+
+
+def test_summary_leaves_out_a_seed_that_diverged():
+    values = np.array([[1.0, 2.0], [3.0, np.nan]])
+    fields = {name: np.zeros((2, 2)) for name in results.METRICS}
+    history = SimpleNamespace(**{**fields, "round": np.array([[1, 2]] * 2)})
+    history.loss = values
+    history.accuracy = np.array([[0.5, 0.25], [0.5, 0.75]])
+    summary = results.summarise(history)
+    assert summary["loss"]["final"] == 2.0
+    assert summary["loss"]["mean_of_run"] == 2.0
+    assert summary["loss"]["spread_over_seeds"] is None
+    assert summary["accuracy"]["final"] == 0.5
+    np.testing.assert_allclose(summary["accuracy"]["spread_over_seeds"], 0.5**1.5)
