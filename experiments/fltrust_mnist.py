@@ -20,6 +20,7 @@ Example:
 import dataclasses
 import inspect
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -182,6 +183,21 @@ def parse(arguments: list[str]) -> Config:
         prog="python -m experiments.fltrust_mnist",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def command(config: Config) -> str:
+    """The command line that starts this run: its preset and what differs from it."""
+    preset = PRESETS[config.preset]
+    words = ["python", "-m", "experiments.fltrust_mnist", "--preset", config.preset]
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(preset, field.name)
+        if field.name == "attack_strength" and config.attack != preset.attack:
+            usual = None  # as parse has it
+        if value == usual or field.name in ("preset", "resume"):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
 
 
 def num_attackers(config: Config) -> int:
@@ -399,6 +415,7 @@ def run(config: Config, console: Console) -> runner.Result:
             config,
             result,
             console,
+            command=command(config),
             settings=settings(config),
             max_byzantine=assumed_byzantine(config),
             comparable=_matches_source(config),

@@ -1,6 +1,5 @@
 """What a run of fltrust_mnist says at its end: tables, plots, summary.md."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ def write(
     result: runner.Result,
     console: Console,
     *,
+    command: str,
     settings: str,
     max_byzantine: int,
     comparable: bool,
@@ -53,6 +53,7 @@ def write(
         config: of ``fltrust_mnist``.
         result: its histories and seconds.
         console: where the tables go.
+        command: what starts this run.
         settings: the run in a sentence.
         max_byzantine: f, as the rules assumed it.
         comparable: whether the source study's figures belong beside these.
@@ -89,9 +90,8 @@ def write(
         histories,
         result.compile_seconds,
         result.run_seconds,
-        {"max_byzantine": max_byzantine},
+        {"command": command, "max_byzantine": max_byzantine},
     )
-    command = " ".join(["python -m experiments.fltrust_mnist", *sys.argv[1:]])
     parts = [
         f"# FLTrust against the Dual-System: {config.dataset}, {config.attack}",
         f"`{command}`",

@@ -105,13 +105,23 @@ def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
 
 
 def finished(config: fltrust_mnist.Config) -> bool:
-    """Whether this very cell is done, with at least the rounds asked for."""
+    """Whether this very cell is done.
+
+    Raises:
+        ValueError: its summary cannot be read.
+    """
     path = config.out / "summary.json"
     if not path.exists():
         return False
-    summary = json.loads(path.read_text())
-    done = min(s["rounds"] for s in summary["systems"].values())
-    return summary["key"] == results.config_key(config) and done >= config.rounds
+    try:
+        summary = json.loads(path.read_text())
+        done = min(system["rounds"] for system in summary["systems"].values())
+        return summary["key"] == results.config_key(config) and done == config.rounds
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Delete {config.out} to run this cell "
+            "again."
+        ) from None
 
 
 def scan_table(config: Config) -> str:
@@ -136,23 +146,26 @@ def scan_table(config: Config) -> str:
     return fs.report.markdown_table(header, rows)
 
 
-def main() -> None:
-    prog = "python -m experiments.fltrust_scan"
-    config = tyro.cli(Config, description=__doc__, prog=prog)
-    console = Console(highlight=False)
+def scan(config: Config, console: Console) -> None:
+    """Runs every cell that is not done, and writes scan.md after each.
+
+    Raises:
+        ValueError: a bad option, or a damaged cell; both before any training.
+    """
+    cells = [cell_config(config, cell) for cell in CELLS]
+    for own in cells:
+        fltrust_mnist.check(own)
+        finished(own)
     seeds = f"seed {config.seed}"
     if config.num_seeds > 1:
         seeds = f"mean of seeds {config.seed} to {config.seed + config.num_seeds - 1}"
-    for number, cell in enumerate(CELLS, start=1):
-        own = cell_config(config, cell)
+    for number, own in enumerate(cells, start=1):
+        what = f"cell {number}/{len(cells)} {own.out.name}"
         if finished(own):
-            console.print(f"cell {number}/{len(CELLS)} {own.out.name}: done before")
-            continue
-        console.print(f"cell {number}/{len(CELLS)} {own.out.name}")
-        try:
+            console.print(f"{what}: done before")
+        else:
+            console.print(what)
             fltrust_mnist.run(own, console)
-        except (ValueError, OSError, OverflowError) as error:
-            sys.exit(f"error: {error}")
         text = (
             f"# Variations of the source study's setting, {config.rounds} rounds of "
             f"{config.epochs} local epochs\n\nTest accuracy at the last round (in "
@@ -162,6 +175,15 @@ def main() -> None:
         results.write_atomically(config.out / "scan.md", text)
 
 
+def main() -> None:
+    prog = "python -m experiments.fltrust_scan"
+    config = tyro.cli(Config, description=__doc__, prog=prog)
+    try:
+        scan(config, Console(highlight=False))
+    except (ValueError, OSError, OverflowError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    runner.exit_on_interrupt()
+    runner.exit_on_interrupt("the same command continues")
     main()

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +148,6 @@ def write_summary(
     """``summary.json``: every system's metrics, versions, device and seconds."""
     content = {
         "key": config_key(config),
-        "command": " ".join(
-            ["python", "-m", f"experiments.{config.STUDY}", *sys.argv[1:]]
-        ),
         "systems": {n: summarise(h) for n, h in histories.items()},
         "versions": versions(),
         "compile_seconds": round(compile_seconds, 3),

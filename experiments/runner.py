@@ -204,7 +204,7 @@ def _run_phase(
             f"{remaining} rounds of {len(phase.systems)} systems: about "
             f"{_duration(remaining * pace)} on this device "
             f"({jax.devices()[0].device_kind}), evaluation apart. A checkpoint every "
-            f"{segment} rounds: stop it when you like, --resume continues."
+            f"{segment} rounds: stop it when you like, it can be resumed."
         )
     compiled: set[int] = set()
     with _progress(console) as progress:
@@ -353,7 +353,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def exit_on_interrupt() -> None:
+def exit_on_interrupt(way_on: str = "--resume continues") -> None:
     """Makes Ctrl-C end the process at once, with a line instead of a traceback.
 
     Python's own handler waits for the compiled segment to end. What is lost is what
@@ -368,7 +368,7 @@ def exit_on_interrupt() -> None:
         with writer:  # which would be closed if nothing held it
             reader.recv(1)
         sys.stdout.write("\x1b[?25h" if sys.stdout.isatty() else "")  # show the cursor
-        print("\nstopped; --resume continues from the last checkpoint", flush=True)
+        print(f"\nstopped; {way_on} from the last checkpoint", flush=True)
         os._exit(130)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -60,6 +60,11 @@ STYLE: dict[Any, Any] = {
 class NotebookFigure(Figure):
     """A figure that a notebook can show although pyplot does not know of it."""
 
+    def savefig(self, *args: Any, **options: Any) -> None:
+        """As matplotlib's, in this module's style: it also decides when saving."""
+        with mpl.rc_context(STYLE):
+            super().savefig(*args, **options)
+
     def _repr_png_(self) -> bytes:
         image = io.BytesIO()
         self.savefig(image, format="png")
@@ -196,7 +201,7 @@ def table(
         histories: system name to history.
         rounds: rounds to show; ``-`` where a system was not evaluated in exactly that
             round. By default up to four evenly spaced evaluations before the last,
-            with several seeds one, which fits a terminal of 80 columns.
+            with several seeds one.
         tail: number of last evaluations in the mean of the last column; ``-`` where
             there are fewer.
         digits: decimals.

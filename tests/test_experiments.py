@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -477,8 +478,44 @@ def test_scan_runs_each_cell_once(tmp_path, monkeypatch, capsys):
     assert "sign_flip 1" in table
     assert "ipm 2" in table
     assert "10, 80% of one class" in table
+    (tmp_path / "scan" / "scan.md").unlink()
     fltrust_scan.main()
     assert capsys.readouterr().out.count("done before") == 2
+    assert (tmp_path / "scan" / "scan.md").read_text() == table
+
+    (summary,) = (tmp_path / "scan").glob("ipm*/summary.json")
+    assert "--attack ipm --attack-strength 2.0" in summary.read_text()
+    for damaged in ("", "[]", "{}", '{"systems": {}}', '{"systems": 3}'):
+        summary.write_text(damaged)
+        with pytest.raises(SystemExit, match=r"ipm.*summary.json is damaged .* Delete"):
+            fltrust_scan.main()
+
+
+def test_scan_checks_its_options_first(tmp_path, monkeypatch):
+    arguments = ["scan", "--rounds", "0", "--out", str(tmp_path / "scan")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="--rounds must be at least 1; got 0"):
+        fltrust_scan.main()
+    assert not (tmp_path / "scan").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--preset demo",
+        "--preset paper --cohort all --out runs/b",
+        "--attack ipm",
+        "--attack alie --attack-strength 5.0 --data-dir d --seed 3",
+        "--preset demo --attack-strength 2.5 --root-bias 0.8",
+        "--aggregators krum dual_system:soft --out 'a folder'",
+    ],
+)
+def test_recorded_command_starts_the_same_run(arguments):
+    first = fltrust_mnist.parse(shlex.split(arguments))
+    words = shlex.split(fltrust_mnist.command(first))
+    assert words[:3] == ["python", "-m", "experiments.fltrust_mnist"]
+    assert fltrust_mnist.parse(words[3:]) == first
 
 
 def test_config_key_ignores_where_and_how_long(tmp_path):

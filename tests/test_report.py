@@ -46,6 +46,16 @@ EMPTY = make_history(np.zeros(0))
 UNEVALUATED = make_history([NAN, NAN])
 
 
+def test_figures_keep_their_style_when_saved_later(tmp_path):
+    report.accuracy_plot({"median": ONE}, tmp_path / "a.pdf")
+    report.accuracy_plot({"median": ONE}).savefig(tmp_path / "b.pdf")
+    for name in ("a.pdf", "b.pdf"):
+        # Type 3 fonts are what publishers refuse.
+        content = (tmp_path / name).read_bytes()
+        assert b"/Type0" in content
+        assert b"/Type3" not in content
+
+
 def test_accuracy_plot_draws_evaluated_rounds(tmp_path):
     path = tmp_path / "accuracy.png"
     figure = report.accuracy_plot({"median": ONE, "krum": SEEDS}, path, title="Attack")

@@ -159,9 +159,9 @@ def dual_system(
         "tau_max": tau_max,
     }
     options = _options(variant, given)
-    check_count("dual_system's max_byzantine", max_byzantine, 0)
+    max_byzantine = check_count("dual_system's max_byzantine", max_byzantine, 0)
     if num_selected is not None:
-        check_count("dual_system's num_selected", num_selected, 1)
+        num_selected = check_count("dual_system's num_selected", num_selected, 1)
     to_root = lookup("dual_system fallback", fallback, _FALLBACKS)
     gate_first = variant == "trust_then_filter" or (
         variant == "dynamic_trust" and _BASES[options["base"]]

@@ -97,7 +97,7 @@ def krum(
     becomes ``max(0, f - rows left out)``; with fewer than ``2f + 3`` participants the
     aggregate is zero and everybody is flagged.
     """
-    check_count("krum's max_byzantine", max_byzantine, 0)
+    max_byzantine = check_count("krum's max_byzantine", max_byzantine, 0)
     fewer = lookup("krum neighbours", neighbours, _NEIGHBOURS)
 
     def validate(cohort_size: int) -> None:
@@ -168,10 +168,10 @@ def multi_krum(
     and a larger ``num_selected`` selects every participant; with fewer than ``2f + 3``
     participants the aggregate is zero and everybody is flagged.
     """
-    check_count("multi_krum's max_byzantine", max_byzantine, 0)
+    max_byzantine = check_count("multi_krum's max_byzantine", max_byzantine, 0)
     iterative = lookup("multi_krum rule", rule, _RULES)
     if num_selected is not None:
-        check_count("multi_krum's num_selected", num_selected, 1)
+        num_selected = check_count("multi_krum's num_selected", num_selected, 1)
         if iterative:
             raise ValueError(
                 "multi_krum with rule='iterative' selects n - 2f - 2 clients; got "

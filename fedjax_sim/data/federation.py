@@ -60,7 +60,7 @@ def federate(
             f"got targets of shape {targets.shape} and type {targets.dtype}. Use "
             "clients_from_indices with a division of your own."
         )
-    check_count("num_clients", num_clients, 1)
+    num_clients = check_count("num_clients", num_clients, 1)
     if not 0 <= root_class < data.num_classes:
         raise ValueError(
             f"root_class must be a class of {data.name}, 0..{data.num_classes - 1}; "

@@ -96,7 +96,7 @@ def dirichlet(alpha: float, min_size: int = 10) -> Partition:
             f"dirichlet needs a positive, finite alpha; got alpha={alpha}. Use 0.1 for "
             "strongly and 1.0 for mildly different clients, or iid() for equal ones."
         )
-    check_count("dirichlet's min_size", min_size, 1)
+    min_size = check_count("dirichlet's min_size", min_size, 1)
 
     def assign(
         rng: np.random.Generator,
@@ -167,7 +167,7 @@ def shards(per_client: int = 2) -> Partition:
     Differs from the paper: where the number of samples is no multiple of the number of
     shards, the remainder (fewer samples than shards) is chosen at random and left out.
     """
-    check_count("shards' per_client", per_client, 1)
+    per_client = check_count("shards' per_client", per_client, 1)
 
     def assign(
         rng: np.random.Generator, targets: np.ndarray, num_clients: int, _: int

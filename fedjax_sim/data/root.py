@@ -42,7 +42,7 @@ def draw_root(
         Cao, Fang, Liu and Gong, "FLTrust: Byzantine-robust Federated Learning via Trust
         Bootstrapping", NDSS 2021.
     """
-    check_count("root_size", size, 0)
+    size = check_count("root_size", size, 0)
     if size >= len(targets):
         raise ValueError(
             "root_size must leave training samples for the clients; got "
