@@ -34,7 +34,7 @@ METRICS = (
     "fnr",
 )
 CLIENT_RECORDS = ("client_ids", "byzantine", "weights", "flagged", "scores")
-PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 TAIL = 5  # values in the reported mean over the last ones
 
 
@@ -52,12 +52,8 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = {"python": platform.python_version(), "fedjax-sim": fs.__version__}
+    found |= {package: importlib.metadata.version(package) for package in PACKAGES}
     device = jax.devices()[0]
     found["device"] = f"{len(jax.devices())} x {device.device_kind}"
     # The cores this process may use: on CPU the rounding of a matrix product depends on

@@ -6,12 +6,15 @@ from fedjax_sim.models import Model
 from fedjax_sim.rounds import History, RoundState
 from fedjax_sim.simulation import Comparison, Simulation, compare
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Comparison",
     "History",
     "Model",
     "RoundState",
     "Simulation",
+    "__version__",
     "aggregators",
     "attacks",
     "checkpoint",
