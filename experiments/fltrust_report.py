@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -32,9 +34,14 @@ SOURCE_NOTE = (
 DETECTION_NOTE = (
     "Rejected share of the Byzantine clients (TPR) and of the honest ones (FPR, false "
     "alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. FLTrust rejects a "
-    "client of cosine <= 0 to the root update; the Dual-System keeps n - f - 2 of n "
-    "clients, whoever they are. A dash: the rule rejects nobody."
+    "client of cosine <= 0 to the root update; the Dual-System whom Multi-Krum does "
+    "not keep (it keeps n - f - 2 of n) and, in variants with a gate, who fails it. "
+    "Whom it keeps but does not trust has no weight either: the columns *without "
+    "weight* count everybody who had no say in the aggregate, and are what compares "
+    "rules. A dash: the rule rejects nobody."
 )
+# Rounds in a row until the end from which a model that stands still is remarked on.
+STUCK = 5
 
 
 def write(
@@ -138,13 +145,13 @@ def _rejects(history: fs.History) -> bool:
 
 
 def _remarks(histories: dict[str, fs.History]) -> list[str]:
-    """A line for every system whose model stood still until the end."""
+    """A line for every system whose model stood still for long, until the end."""
     lines = []
     for name, history in histories.items():
         stuck = np.atleast_2d(history.no_aggregate)
         moving = np.flatnonzero(~stuck.all(axis=0))
         first = int(moving[-1]) + 1 if moving.size else 0
-        if first < stuck.shape[1]:
+        if stuck.shape[1] - first >= STUCK:
             number = np.atleast_2d(history.round)[0, first]
             lines.append(
                 f"{name}: no usable update from round {number} on (every one was "
@@ -158,11 +165,16 @@ def _detection_rows(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows = []
     for name, history in histories.items():
+        cohort = np.shape(history.byzantine)[-1]
+        byzantine = jnp.reshape(history.byzantine, (-1, cohort))
+        unheard = jnp.reshape(history.weights, (-1, cohort)) == 0
+        silenced = jax.vmap(fs.metrics.detection)(unheard, byzantine)
+        shares = (history.tpr, history.fpr, history.fnr, silenced.tpr, silenced.fpr)
         rates = [
             f"{np.nanmean(r):.3f}"
             if np.isfinite(r).any() and _rejects(history)
             else "-"
-            for r in (history.tpr, history.fpr, history.fnr)
+            for r in shares
         ]
         nonfinite = int(np.sum(history.num_nonfinite))
         stuck = int(np.sum(history.no_aggregate))
@@ -172,6 +184,8 @@ def _detection_rows(
         "TPR",
         "FPR",
         "FNR",
+        "Byzantine without weight",
+        "honest without weight",
         "non-finite updates",
         "rounds without update",
     )

@@ -235,11 +235,9 @@ def _run_phase(
             )
             shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
             write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
-            known = [(n, latest_accuracy(h)) for n, h in shown.items()]
-            accuracy = "  ".join(f"{n} {a:.3f}" for n, a in known if not np.isnan(a))
             progress.update(task, completed=done - first)
             progress.console.print(
-                f"round {done}/{last}: {accuracy or '-'}", soft_wrap=True
+                f"round {done}/{last}: {_latest_accuracies(shown)}", soft_wrap=True
             )
     shown = {n: _drop_early_ends(h, config, last) for n, h in history.items()}
     write_metrics(config.out / "metrics.csv", earlier | shown, config.seed)
@@ -273,11 +271,19 @@ def _drop_early_ends(history: fs.History, config: Any, last: int) -> fs.History:
     )
 
 
-def latest_accuracy(history: fs.History) -> float:
-    """Mean over seeds of the last evaluated accuracy."""
-    accuracy = np.atleast_2d(history.accuracy)
-    known = accuracy[:, ~np.isnan(accuracy).any(axis=0)]
-    return float(known[:, -1].mean()) if known.size else float("nan")
+def _latest_accuracies(histories: Mapping[str, fs.History]) -> str:
+    """Every system's last evaluated accuracy (mean over seeds), and when it was."""
+    parts, at = [], 0
+    for name, history in histories.items():
+        accuracy = np.atleast_2d(history.accuracy)
+        known = np.flatnonzero(~np.isnan(accuracy).any(axis=0))
+        if known.size:
+            parts.append(f"{name} {accuracy[:, known[-1]].mean():.3f}")
+            at = int(np.atleast_2d(history.round)[0, known[-1]])
+    if not parts:
+        return "not evaluated yet"
+    newest = max(int(np.max(history.round)) for history in histories.values())
+    return "  ".join(parts) + ("" if at == newest else f" (of round {at})")
 
 
 def default_segment(num_rounds: int, eval_every: int, pace: float = 0.0) -> int:

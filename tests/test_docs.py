@@ -1,9 +1,12 @@
 """What the documents show works: the README's code, the notebook, the skeletons."""
 
+import doctest
 import json
 import os
 import re
 import sys
+import textwrap
+import types
 from pathlib import Path
 
 import nbclient
@@ -40,6 +43,23 @@ def test_the_readme_s_commands_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in set(re.findall(r"python -m (experiments\.\w+)", text)):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def test_contributing_s_skeletons_work_as_they_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    modules = [textwrap.dedent(block) for block in blocks]
+    modules = [code for code in modules if code.startswith('"""')]
+    assert len(modules) == 2
+    for code in modules:
+        module = types.ModuleType("skeleton")
+        exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+        for thing in vars(module).copy().values():
+            if getattr(thing, "__globals__", None) is vars(module):
+                thing.__module__ = module.__name__
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

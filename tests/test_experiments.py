@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import fltrust_mnist, fltrust_scan, results, runner
+from experiments import fltrust_mnist, fltrust_report, fltrust_scan, results, runner
 from fedjax_sim import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -539,3 +539,30 @@ def test_summary_leaves_out_a_seed_that_diverged():
     assert summary["loss"]["spread_over_seeds"] is None
     assert summary["accuracy"]["final"] == 0.5
     np.testing.assert_allclose(summary["accuracy"]["spread_over_seeds"], 0.5**1.5)
+
+
+@pytest.mark.parametrize("seeds", [0, 2])
+def test_detection_counts_who_has_no_weight(seeds):
+    weights = np.array([[0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    byzantine = np.array([[True, False, False, False], [True, True, False, False]])
+    one = np.array([1.0, 0.5])
+    fields = {"tpr": one, "fpr": one, "fnr": one, "num_flagged": one}
+    fields |= {"num_nonfinite": 0 * one, "no_aggregate": 0 * one}
+    fields |= {"weights": weights, "byzantine": byzantine}
+    if seeds:
+        fields = {name: np.stack([value] * seeds) for name, value in fields.items()}
+    header, rows = fltrust_report._detection_rows({"rule": SimpleNamespace(**fields)})
+    shown = dict(zip(header, rows[0], strict=True))
+    assert shown["TPR"] == "0.750"
+    assert shown["Byzantine without weight"] == "1.000"
+    # One of three honest clients, then one of two.
+    assert shown["honest without weight"] == f"{(1 / 3 + 1 / 2) / 2:.3f}"
+
+
+@pytest.mark.parametrize(("still", "remarks"), [(4, 0), (5, 1)])
+def test_a_model_that_stands_still_is_remarked_on(still, remarks):
+    stuck = np.array([True, False, *[True] * still])
+    history = SimpleNamespace(no_aggregate=stuck, round=np.arange(1, len(stuck) + 1))
+    found = fltrust_report._remarks({"rule": history})
+    assert len(found) == remarks
+    assert all("no usable update from round 3 on" in line for line in found)
