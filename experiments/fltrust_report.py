@@ -36,9 +36,10 @@ DETECTION_NOTE = (
     "alarms), mean over rounds; FNR, missing alarms, is 1 - TPR. FLTrust rejects a "
     "client of cosine <= 0 to the root update; the Dual-System whom Multi-Krum does "
     "not keep (it keeps n - f - 2 of n) and, in variants with a gate, who fails it. "
-    "Whom it keeps but does not trust has no weight either: the columns *without "
+    "Whom it keeps but does not trust has no weight either: the columns *no "
     "weight* count everybody who had no say in the aggregate, and are what compares "
-    "rules. A dash: the rule rejects nobody."
+    "rules. A dash: the rule rejects nobody. Then: updates that were not finite, and "
+    "rounds that left the model as it was."
 )
 # Rounds in a row until the end from which a model that stands still is remarked on.
 STUCK = 5
@@ -184,9 +185,9 @@ def _detection_rows(
         "TPR",
         "FPR",
         "FNR",
-        "Byzantine without weight",
-        "honest without weight",
-        "non-finite updates",
-        "rounds without update",
+        "no weight: Byz.",
+        "no weight: honest",
+        "not finite",
+        "no update",
     )
     return header, rows

@@ -111,7 +111,8 @@ def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
 def summarise(history: fs.History) -> dict[str, Any]:
     """Final value, means, and standard deviation over seeds (ddof 1), per metric.
 
-    A seed whose value is undefined (a loss that diverged) is left out of that value.
+    A seed whose value is undefined or infinite (a loss that diverged) is left out of
+    that value.
     ``mean_of_last_5`` is over the last five values there are: evaluations for accuracy
     and loss, rounds for the others; None where there are fewer.
     """
@@ -119,6 +120,7 @@ def summarise(history: fs.History) -> dict[str, Any]:
     summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
     for metric in METRICS:
         values = _seed_rows(getattr(history, metric), seeds).astype(np.float64)
+        values = np.where(np.isfinite(values), values, np.nan)
         known = values[:, ~np.isnan(values).all(axis=0)]
         if not known.size:
             summary[metric] = None

@@ -527,8 +527,9 @@ def test_config_key_ignores_where_and_how_long(tmp_path):
     assert base != results.config_key(config(tmp_path, lr=0.3))
 
 
-def test_summary_leaves_out_a_seed_that_diverged():
-    values = np.array([[1.0, 2.0], [3.0, np.nan]])
+@pytest.mark.parametrize("diverged", [np.nan, np.inf])
+def test_summary_leaves_out_a_seed_that_diverged(diverged):
+    values = np.array([[1.0, 2.0], [3.0, diverged]])
     fields = {name: np.zeros((2, 2)) for name in results.METRICS}
     history = SimpleNamespace(**{**fields, "round": np.array([[1, 2]] * 2)})
     history.loss = values
@@ -554,9 +555,9 @@ def test_detection_counts_who_has_no_weight(seeds):
     header, rows = fltrust_report._detection_rows({"rule": SimpleNamespace(**fields)})
     shown = dict(zip(header, rows[0], strict=True))
     assert shown["TPR"] == "0.750"
-    assert shown["Byzantine without weight"] == "1.000"
+    assert shown["no weight: Byz."] == "1.000"
     # One of three honest clients, then one of two.
-    assert shown["honest without weight"] == f"{(1 / 3 + 1 / 2) / 2:.3f}"
+    assert shown["no weight: honest"] == f"{(1 / 3 + 1 / 2) / 2:.3f}"
 
 
 @pytest.mark.parametrize(("still", "remarks"), [(4, 0), (5, 1)])
