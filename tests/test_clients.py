@@ -110,9 +110,9 @@ def test_momentum_starts_afresh():
     [
         ({"batch_size": 2}, "exactly one of epochs and steps"),
         ({"batch_size": 2, "epochs": 1, "steps": 1}, "exactly one of epochs and steps"),
-        ({"batch_size": 2, "epochs": 0}, "epochs must be >= 1"),
-        ({"batch_size": 0, "epochs": 1}, "batch_size must be >= 1"),
-        ({"batch_size": 2, "steps": -3}, "steps must be >= 1"),
+        ({"batch_size": 2, "epochs": 0}, "epochs must be an integer of at least 1"),
+        ({"batch_size": 0, "epochs": 1}, "batch_size must be an integer of at least 1"),
+        ({"batch_size": 2, "steps": -3}, "steps must be an integer of at least 1"),
     ],
 )
 def test_bad_options(options, message):

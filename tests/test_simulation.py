@@ -537,10 +537,10 @@ GOLDEN = {
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cohort_size": 0}, "cohort_size must be >= 1"),
+        ({"cohort_size": 0}, "cohort_size must be an integer of at least 1"),
         ({"cohort_size": N + 1}, "cohort_size must be from 1"),
         ({"num_byzantine": N, "attack": fs.attacks.sign_flip()}, "somebody is honest"),
-        ({"num_byzantine": -1}, "num_byzantine must be >= 0"),
+        ({"num_byzantine": -1}, "num_byzantine must be an integer of at least 0"),
         ({"attack": fs.attacks.sign_flip()}, "but num_byzantine is 0"),
         ({"num_byzantine": 2}, "there is no attack"),
         (
@@ -548,8 +548,8 @@ GOLDEN = {
             "needs a root dataset",
         ),
         ({"root": None, "root_steps": 3}, "no root dataset"),
-        ({"root_steps": 0}, "root_steps must be >= 1"),
-        ({"client_chunk": 0}, "client_chunk must be >= 1"),
+        ({"root_steps": 0}, "root_steps must be an integer of at least 1"),
+        ({"client_chunk": 0}, "client_chunk must be an integer of at least 1"),
         ({"clients": make_clients((6, 0, 6))}, "1 of 3 clients have no samples"),
         ({"clients": make_clients((6, 2, 6))}, "batch_size=3 is larger"),
         ({"root": examples(2)}, "root dataset of 2 samples cannot be trained on"),
@@ -669,9 +669,11 @@ def test_needs_that_a_round_does_not_have():
 def test_bad_runs_are_refused():
     sim = simulate()
     state = sim.init(jax.random.key(0))
-    with pytest.raises(ValueError, match="num_rounds must be >= 1; got 0"):
+    with pytest.raises(
+        ValueError, match="num_rounds must be an integer of at least 1; got 0"
+    ):
         sim.run(jax.random.key(0), num_rounds=0)
-    with pytest.raises(ValueError, match="eval_every must be >= 1"):
+    with pytest.raises(ValueError, match="eval_every must be an integer of at least 1"):
         sim.run(jax.random.key(0), num_rounds=1, eval_every=0)
     with pytest.raises(ValueError, match="exactly one of key"):
         sim.run(num_rounds=1)
