@@ -13,8 +13,9 @@ Example:
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -104,35 +105,33 @@ def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
     )
 
 
-def finished(config: fltrust_mnist.Config) -> bool:
-    """Whether this very cell is done.
+def found(config: fltrust_mnist.Config) -> dict[str, Any] | None:
+    """The results of every system of this very cell; None where it is not done.
 
     Raises:
         ValueError: its summary cannot be read.
     """
     path = config.out / "summary.json"
     if not path.exists():
-        return False
+        return None
     try:
         summary = json.loads(path.read_text())
-        done = min(system["rounds"] for system in summary["systems"].values())
-        return summary["key"] == results.config_key(config) and done == config.rounds
+        systems: dict[str, Any] = summary["systems"]
+        done = min(system["rounds"] for system in systems.values())
+        same = summary["key"] == results.config_key(config)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({error!r}). Delete {config.out} to run this cell "
             "again."
         ) from None
+    return systems if same and done == config.rounds else None
 
 
-def scan_table(config: Config) -> str:
+def scan_table(cells: Mapping[Cell, dict[str, Any]]) -> str:
     """Final accuracy and the mean of the evaluations, a row per finished cell."""
     names = [fltrust_mnist.CLEAN, *SYSTEMS]
     rows = []
-    for cell in CELLS:
-        own = cell_config(config, cell)
-        if not finished(own):
-            continue
-        systems = json.loads((own.out / "summary.json").read_text())["systems"]
+    for cell, systems in cells.items():
         values = []
         for name in names:
             accuracy = systems[name]["accuracy"]
@@ -152,25 +151,28 @@ def scan(config: Config, console: Console) -> None:
     Raises:
         ValueError: a bad option, or a damaged cell; both before any training.
     """
-    cells = [cell_config(config, cell) for cell in CELLS]
-    for own in cells:
+    cells = {cell: cell_config(config, cell) for cell in CELLS}
+    done = {}
+    for cell, own in cells.items():
         fltrust_mnist.check(own)
-        finished(own)
+        done[cell] = found(own)
     seeds = f"seed {config.seed}"
     if config.num_seeds > 1:
         seeds = f"mean of seeds {config.seed} to {config.seed + config.num_seeds - 1}"
-    for number, own in enumerate(cells, start=1):
+    for number, (cell, own) in enumerate(cells.items(), start=1):
         what = f"cell {number}/{len(cells)} {own.out.name}"
-        if finished(own):
+        if done[cell] is not None:
             console.print(f"{what}: done before")
         else:
             console.print(what)
             fltrust_mnist.run(own, console)
+            done[cell] = found(own)
+        table = scan_table({c: systems for c, systems in done.items() if systems})
         text = (
             f"# Variations of the source study's setting, {config.rounds} rounds of "
             f"{config.epochs} local epochs\n\nTest accuracy at the last round (in "
             "brackets: mean of all evaluations, every 5 rounds), "
-            f"{config.dataset}, {seeds}.\n\n{scan_table(config)}\n"
+            f"{config.dataset}, {seeds}.\n\n{table}\n"
         )
         results.write_atomically(config.out / "scan.md", text)
 

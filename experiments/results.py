@@ -70,10 +70,6 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _seed_rows(values: Any, seeds: bool) -> np.ndarray:
-    return np.asarray(values) if seeds else np.asarray(values)[None]
-
-
 def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> None:
     """``system,seed,round,metric,value``; a row per value that exists (no NaN rows)."""
     temporary = path.with_name(path.name + ".tmp")
@@ -81,9 +77,9 @@ def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> No
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["system", "seed", "round", "metric", "value"])
         for system, history in histories.items():
-            seeds = np.ndim(history.round) == 2
-            rounds = _seed_rows(history.round, seeds)
-            columns = {m: _seed_rows(getattr(history, m), seeds) for m in METRICS}
+            # [seeds, rounds], also of a run without a seed axis.
+            rounds = np.atleast_2d(history.round)
+            columns = {m: np.atleast_2d(getattr(history, m)) for m in METRICS}
             for s in range(len(rounds)):
                 for r, number in enumerate(rounds[s]):
                     for metric, values in columns.items():
@@ -112,14 +108,12 @@ def summarise(history: fs.History) -> dict[str, Any]:
     """Final value, means, and standard deviation over seeds (ddof 1), per metric.
 
     A seed whose value is undefined or infinite (a loss that diverged) is left out of
-    that value.
-    ``mean_of_last_5`` is over the last five values there are: evaluations for accuracy
-    and loss, rounds for the others; None where there are fewer.
+    that value. ``mean_of_last_5`` is over the last five values there are: evaluations
+    for accuracy and loss, rounds for the others; None where there are fewer.
     """
-    seeds = np.ndim(history.round) == 2
     summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
     for metric in METRICS:
-        values = _seed_rows(getattr(history, metric), seeds).astype(np.float64)
+        values = np.atleast_2d(getattr(history, metric)).astype(np.float64)
         values = np.where(np.isfinite(values), values, np.nan)
         known = values[:, ~np.isnan(values).all(axis=0)]
         if not known.size:

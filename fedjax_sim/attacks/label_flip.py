@@ -31,8 +31,8 @@ def _class_pair(
             "label_flip with mode='targeted' needs both source and target; got "
             f"source={source}, target={target}."
         )
-    check_count("label_flip's source", source, 0)
-    check_count("label_flip's target", target, 0)
+    source = check_count("label_flip's source", source, 0)
+    target = check_count("label_flip's target", target, 0)
     if source == target or not {source, target} <= set(range(num_classes)):
         raise ValueError(
             f"label_flip needs two different classes from 0 to {num_classes - 1}; got "
@@ -108,7 +108,7 @@ def label_flip(
         V. Tolpegin, S. Truex, M. E. Gursoy and L. Liu, "Data poisoning attacks against
         federated learning systems", ESORICS 2020 (targeted).
     """
-    check_count("label_flip's num_classes", num_classes, 2)
+    num_classes = check_count("label_flip's num_classes", num_classes, 2)
     lookup("mode of label_flip", mode, MODES)
     pair = _class_pair(num_classes, mode, source, target)
     fraction = finite_number("label_flip", "fraction", fraction)
