@@ -8,6 +8,8 @@ longer list of aggregators or attacks adds to it.
 
 Presets:
   demo           the embedded 8x8 digits, 20 clients: a few minutes on 2 cores.
+  defenses       29 rules under 16 attacks on the digits, IID and not: what
+                 docs/which_defense.md advises from. About an hour on 2 cores.
   fltrust_table  MNIST as in FLTrust's evaluation: 100 clients, label bias 0.5, 20
                  attackers, one local step of batch 32, 2000 rounds: 6.4 million samples
                  a cell. Take fewer --rounds on a CPU.
@@ -63,8 +65,9 @@ class Config:
     STUDY: ClassVar[str] = "attack_matrix"
 
     #: Starting values of the other options: demo (embedded digits, a few minutes on 2
-    #: cores) or fltrust_table (MNIST as in FLTrust's evaluation).
-    preset: Literal["demo", "fltrust_table"] = "demo"
+    #: cores), defenses (all that docs/which_defense.md is about) or fltrust_table
+    #: (MNIST as in FLTrust's evaluation).
+    preset: Literal["demo", "defenses", "fltrust_table"] = "demo"
     #: digits (embedded), mnist, fashion_mnist, or tfds:NAME.
     dataset: str = "digits"
     #: Folder with idx/mnist/*.gz or tfds/mnist/...; downloads land there.
@@ -154,6 +157,61 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "demo": Config(),
+    "defenses": Config(
+        preset="defenses",
+        out=Path("runs/defenses"),
+        aggregators=(
+            "fedavg",
+            "median",
+            "trimmed_mean",
+            "meamed",
+            "phocas",
+            "geometric_median",
+            "centered_clipping",
+            "norm_clipping(bound='median')",
+            "krum",
+            "multi_krum",
+            "bulyan",
+            "mda",
+            "smea",
+            "caf",
+            "dnc",
+            "foolsgold",
+            "auror",
+            "signguard",
+            "flame",
+            "fldetector(start=5, window=5)",
+            "robust_learning_rate(threshold=10)",
+            "crfl(start=15)",
+            "nnm+trimmed_mean",
+            "nnm+krum",
+            "bucketing+median",
+            "arc+trimmed_mean",
+            "monna",
+            "fltrust",
+            "dual_system",
+        ),
+        attacks=(
+            "none",
+            "label_flip",
+            "gaussian",
+            "free_rider",
+            "sign_flip(scale=[1, 4])",
+            "ipm(epsilon=[0.1, 0.5, 2])",
+            "alie(z=[0.5, 1.5])",
+            "min_max",
+            "min_sum",
+            "fang_krum",
+            "fang_trimmed_mean",
+            "mimic",
+            "optimal_alie",
+            "optimal_ipm",
+            "fltrust_adaptive",
+            "badnets(target=0, size=2)",
+            "badnets(target=0, size=2)+model_replacement",
+        ),
+        partitions=("iid", "dirichlet(alpha=0.3)"),
+    ),
     "fltrust_table": Config(
         preset="fltrust_table",
         dataset="mnist",
@@ -251,11 +309,7 @@ def check(config: Config) -> None:
             f"give exactly one of --epochs and --steps; got {config.epochs} and "
             f"{config.steps}. Write --epochs None to use --steps."
         )
-    if config.attack_start >= config.rounds:
-        raise ValueError(
-            f"--attack-start {config.attack_start}: the attack would never be active "
-            f"in --rounds {config.rounds}."
-        )
+    runner.check_attack_is_active(config, 0, config.rounds)
     if config.side_by_side < 1:
         raise ValueError(f"--side-by-side must be >= 1; got {config.side_by_side}.")
 

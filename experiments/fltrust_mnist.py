@@ -245,6 +245,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
     if config.attack_rounds < 0:
         raise ValueError(f"--attack-rounds must be >= 0; got {config.attack_rounds}.")
+    first = config.rounds if config.attack_rounds else 0
+    runner.check_attack_is_active(config, first, config.rounds + config.attack_rounds)
     found = num_attackers(config)
     if found == config.clients or (found == 0 and config.attackers > 0):
         raise ValueError(

@@ -112,6 +112,22 @@ def check_common(config: Any) -> None:
         )
 
 
+def check_attack_is_active(config: Any, first: int, last: int) -> None:
+    """Checks that the attack strikes at least once in rounds ``first`` to ``last - 1``.
+
+    Raises:
+        ValueError: it never does.
+    """
+    strikes = range(config.attack_start, last, config.attack_every)
+    stop = last if config.attack_stop is None else config.attack_stop
+    if not any(first <= strike < stop for strike in strikes):
+        raise ValueError(
+            f"--attack-start {config.attack_start}, --attack-stop {config.attack_stop} "
+            f"and --attack-every {config.attack_every}: the attack would never be "
+            f"active in rounds {first} to {last - 1}, those of the attacked systems."
+        )
+
+
 def cohort_size(config: Any) -> int:
     """Clients in a round, of a configuration's ``cohort`` and ``clients``."""
     size: int = config.clients if config.cohort == "all" else config.cohort

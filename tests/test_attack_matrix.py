@@ -223,7 +223,7 @@ def test_what_cannot_be_is_said_and_shown_as_a_dash(tmp_path):
         ({"attacks": ("badnets(target=10)",)}, "target"),
         ({"attacks": ("badnets(target=0, size=9)",)}, "size|image"),
         ({"attack_stop": 0}, "stop"),
-        ({"attack_start": 4}, "would never be active in --rounds 4"),
+        ({"attack_start": 4}, "would never be active in rounds 0 to 3"),
         ({"attacks": ("ipm(epsilon=[1, 1])",)}, "list of different numbers"),
         ({"root_size": 0, "aggregators": ("fltrust",)}, "root"),
     ],

@@ -366,6 +366,15 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"attack_start": -1}, "--attack-start must be >= 0; got -1"),
         ({"attack_every": 0}, "--attack-every must be at least 1; got 0"),
         ({"attack_start": 5, "attack_stop": 5}, r"above --attack-start \(5\); got 5"),
+        ({"attack_start": 10**6}, "would never be active in rounds 0 to"),
+        (
+            {"rounds": 4, "attack_rounds": 6, "attack_stop": 4},
+            "would never be active in rounds 4 to 9, those of the attacked systems",
+        ),
+        (
+            {"rounds": 4, "attack_rounds": 6, "attack_every": 10},
+            "would never be active in rounds 4 to 9",
+        ),
         ({"attackers": 1.0}, r"--attackers must be in \[0, 1\); got 1.0"),
         ({"attackers": -0.1}, r"--attackers must be in \[0, 1\)"),
         ({"attackers": float("nan")}, r"--attackers must be in \[0, 1\)"),

@@ -143,7 +143,12 @@ def dba(
         for i, part in enumerate(pixels):
             for row, column in part:
                 if row >= height or column >= width:
-                    fix = "a smaller length and gap" if default else "other parts"
+                    fix = "other parts"
+                    if default:
+                        fix = (
+                            f"length and gap with 2 length + gap <= {width} and "
+                            f"gap + 2 <= {height}"
+                        )
                     raise ValueError(
                         f"dba's trigger has a pixel at row {row}, column {column}, "
                         f"outside the images of {height} x {width}. Pass {fix}."
