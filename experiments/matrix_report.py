@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -180,6 +180,7 @@ def write(
         MEASURE_NOTE,
     ]
     summary: list[dict[str, Any]] = []
+    settings: dict[str, Mapping[tuple[str, str], Any]] = {}
     several = len(config.partitions) * len(config.attackers) > 1
     for partition in config.partitions:
         for attackers in config.attackers:
@@ -192,10 +193,11 @@ def write(
             name = "heatmap" + (f"-{_slug(partition)}-{attackers:g}" if several else "")
             accuracy = grid(here, config)
             success = grid(here, config, "attack_success", highest=True)
-            worst = worst_table(here, config)
-            console.print(fs.report.rich_table(*worst, title=f"Worst case: {title}"))
+            settings[title] = here
+            table = worst_table(here, config)
+            console.print(fs.report.rich_table(*table, title=f"Worst case: {title}"))
             parts += [f"## {title}", "### Worst case over the attacks"]
-            parts += [fs.report.markdown_table(*worst), "### Accuracy"]
+            parts += [fs.report.markdown_table(*table), "### Accuracy"]
             parts += [_markdown(accuracy, rules, attacks, config)]
             figures = {name: (accuracy, "test accuracy")}
             targeted = ~np.isnan(success).all(axis=0)
@@ -232,6 +234,11 @@ def write(
                     "attack_success": _nested(success, config),
                 }
             )
+    if several:
+        table = settings_table(settings, config)
+        title = "Worst case in every setting"
+        console.print(fs.report.rich_table(*table, title=title))
+        parts += [f"## {title}", fs.report.markdown_table(*table)]
     reasons = sorted(
         {f"- {c.aggregator} x {c.attack}: {r}" for c, r in why.items() if r}
     )
@@ -299,47 +306,90 @@ def grid(
     )
 
 
+class Worst(NamedTuple):
+    """A rule under the attack it withstands least, in one setting."""
+
+    accuracy: float  # NaN where the rule has no meaning under any attack
+    spread: float
+    under: str  # the attack, with its strength
+    mean: float  # accuracy over all attacks
+
+
+def real_attacks(config: Any) -> list[str]:
+    return [attack for attack in config.attacks if attack != specs.NO_ATTACK]
+
+
+def worst(here: Mapping[tuple[str, str], Any], rule: str, config: Any) -> Worst:
+    """The lowest accuracy of a rule over the attacks, at their strongest."""
+    found = {a: headline(here[rule, a]) for a in real_attacks(config)}
+    found = {a: f for a, f in found.items() if not np.isnan(f[0])}
+    if not found:
+        return Worst(np.nan, np.nan, "-", np.nan)
+    accuracies = {attack: f[0] for attack, f in found.items()}
+    attack = str(fs.metrics.worst_case(accuracies).attack)
+    accuracy, spread, strength = found[attack]
+    at = "" if strength is None else f" {strength:g}"
+    mean = float(np.mean(list(accuracies.values())))
+    return Worst(accuracy, spread, labels(config.attacks)[attack] + at, mean)
+
+
 def worst_table(here: Mapping[tuple[str, str], Any], config: Any) -> fs.report.Table:
     """Aggregators by their worst accuracy over the attacks, the best first."""
     rules, short = labels(config.aggregators), labels(config.attacks)
-    real = [a for a in config.attacks if a != specs.NO_ATTACK]
     clean = specs.NO_ATTACK in config.attacks
+    lowest = {rule: worst(here, rule, config) for rule in config.aggregators}
     rows = []
-    for rule in config.aggregators:
-        found = {a: headline(here[rule, a]) for a in real}
-        accuracies = {short[a]: f[0] for a, f in found.items() if not np.isnan(f[0])}
+    for rule in _best_first({rule: found.accuracy for rule, found in lowest.items()}):
+        found = lowest[rule]
         success = {
             short[a]: headline(here[rule, a], "attack_success", highest=True)[0]
-            for a in real
+            for a in real_attacks(config)
         }
         success = {a: s for a, s in success.items() if not np.isnan(s)}
         row = [rules[rule]]
         if clean:
             row.append(_text(*headline(here[rule, specs.NO_ATTACK])[:2]))
-        lowest = -1.0
-        if accuracies:
-            worst = fs.metrics.worst_case(accuracies)
-            lowest, attack = float(worst.accuracy), str(worst.attack)
-            _, spread, strength = next(
-                f for a, f in found.items() if short[a] == attack
-            )
-            at = "" if strength is None else f" {strength:g}"
-            row += [_text(lowest, spread), attack + at]
-            row.append(f"{np.mean(list(accuracies.values())):.3f}")
-        else:
-            row += ["-", "-", "-"]
+        row += [_text(found.accuracy, found.spread), found.under]
+        row.append(_text(found.mean, np.nan))
         if success:
             most = max(success, key=lambda a: success[a])
             of = f" ({most})" if len(success) > 1 else ""
             row.append(f"{success[most]:.3f}{of}")
         else:
             row.append("-")
-        rows.append((lowest, tuple(row)))
-    rows.sort(key=lambda pair: -pair[0])
+        rows.append(tuple(row))
     header = ("aggregator", *(("no attack",) if clean else ()), "worst", "under")
-    return fs.report.Table(
-        (*header, "mean", "attack success"), [row for _, row in rows]
-    )
+    return fs.report.Table((*header, "mean", "attack success"), rows)
+
+
+def settings_table(
+    settings: Mapping[str, Mapping[tuple[str, str], Any]], config: Any
+) -> fs.report.Table:
+    """The worst case of every aggregator in every setting, side by side.
+
+    Args:
+        settings: title -> (aggregator, attack) -> content.
+        config: of attack_matrix.
+    """
+    rules = labels(config.aggregators)
+    found = {
+        rule: [worst(here, rule, config) for here in settings.values()]
+        for rule in config.aggregators
+    }
+    lowest = {rule: float(np.min([w.accuracy for w in found[rule]])) for rule in found}
+    rows = []
+    for rule in _best_first(lowest):
+        texts = (
+            "-" if np.isnan(w.accuracy) else f"{w.accuracy:.3f} {w.under}"
+            for w in found[rule]
+        )
+        rows.append((rules[rule], *texts))
+    return fs.report.Table(("aggregator", *settings), rows)
+
+
+def _best_first(accuracies: Mapping[str, float]) -> list[str]:
+    """Rules by accuracy, those without one last."""
+    return sorted(accuracies, key=lambda rule: -np.nan_to_num(accuracies[rule], nan=-1))
 
 
 def detection_table(

@@ -202,6 +202,14 @@ def test_what_cannot_be_is_said_and_shown_as_a_dash(tmp_path):
     summary = (tmp_path / "m" / "summary.md").read_text()
     assert "| bulyan | - | - | - | - |" in summary
     assert "## Not possible" in summary
+    _, _, overview = summary.partition("## Worst case in every setting")
+    header, _, first, second = overview.strip().splitlines()[:4]
+    assert header == "| aggregator | iid, 20% attackers | iid, 30% attackers |"
+    # The rule that cannot be in one of them comes last.
+    assert re.fullmatch(
+        r"\| fedavg \| 0\.\d{3} sign_flip \| 0\.\d{3} sign_flip \|", first
+    )
+    assert re.fullmatch(r"\| bulyan \| 0\.\d{3} sign_flip \| - \|", second)
     assert len(rows(tmp_path / "m")) == 3
 
 
