@@ -64,7 +64,7 @@ def filter_by_covariance(distances: Array, mask: Array, floor: Array) -> Filtere
         alive = shares > 0
         # Products of the rows about their weighted mean, from distances alone.
         mean = weighted_sum(shares, distances)
-        gram = (mean[:, None] + mean[None] - distances - mean @ shares) / 2
+        gram = (mean[:, None] + mean[None] - distances - weighted_sum(shares, mean)) / 2
         gram = jnp.where(alive[:, None] & alive[None], gram, 0.0)
         # It has the nonzero eigenvalues of the weighted covariance.
         root = jnp.sqrt(shares)

@@ -57,7 +57,8 @@ def crfl(
             norm.
         slope: its growth per round; 0 for a constant bound ``start``.
         cap: its largest value, at least ``start``. The published schedules: 2, 0.1, 15
-            for MNIST; 4, 0.25, 100 for EMNIST; 2, 0.025 without a cap for LOAN.
+            for MNIST; 4, 0.25, 100 for EMNIST; 2, 0.025 without a cap, that is one
+            never reached, such as 1e6, for LOAN.
         noise_std: standard deviation of the noise in every parameter, 0 for none.
         weighting: ``"uniform"`` averages clients alike, ``"data"`` by ``num_samples``
             (alike where the context does not say).

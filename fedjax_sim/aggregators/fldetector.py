@@ -86,7 +86,7 @@ def fldetector(
         ``previous_params``. Clients left out are flagged; scores are ``score_i``, 0
         without a record; details are ``error``, this round's ``e_i`` (0 if not judged),
         and ``clusters``, how many were found. Its state is a ``FLDetectorState``: N + 2
-        window vectors as long as the model.
+        window + 1 vectors as long as the model.
 
     Raises:
         ValueError: an option out of range; from ``apply``, a context field missing.

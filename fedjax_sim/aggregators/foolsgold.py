@@ -76,7 +76,8 @@ def foolsgold(
     ``epsilon``, which the authors' code has in the logarithm only; histories are of all
     parameters, as in that code. Cosines from ``1 - 1e-6`` count as 1, since float32
     tells them apart no better: where all are alike, the aggregate is zero. A client
-    without a history so far has cosine 0 to everybody, a lone participant weight 1.
+    whose history, with this round's update, is zero has cosine 0 to everybody; a lone
+    participant has weight 1.
     Clients left out of a round are compared to nobody and their history stays.
     """
     kappa = check_number("foolsgold's kappa", kappa, low=0)

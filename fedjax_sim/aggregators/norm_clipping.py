@@ -63,8 +63,8 @@ def norm_clipping(
         Sun, Kairouz, Suresh, McMahan, "Can you really backdoor federated learning?",
         arXiv:1911.07963, 2019.
 
-    Differs from the paper: ``"reject"`` and the median are later practice. Where nobody
-    takes part, or every update is rejected, the aggregate is zero, without noise.
+    Differs from the paper: the median as a bound is ours. Where nobody takes part, or
+    every update is rejected, the aggregate is zero, without noise.
     """
     length = check_length("norm_clipping's bound", bound)
     rejects = lookup("norm_clipping mode", mode, _MODES)

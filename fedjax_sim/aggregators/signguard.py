@@ -46,7 +46,7 @@ def signguard(
     Assumptions: ``n > 2f``. Stops attacks that turn, blow up or flatten the updates;
     none that keeps lengths and the balance of signs.
 
-    Cost: O(n d + n^2).
+    Cost: O(n d + n^2), with ``similarity`` O(n^2 d).
 
     Args:
         lower: L, from which multiple of the median length on a client may stay.

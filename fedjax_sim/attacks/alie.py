@@ -9,6 +9,7 @@ from fedjax_sim.attacks.rows import (
     mean_over,
     remembered,
     replace_rows,
+    sending,
     stateless,
     std_over,
     taking_part,
@@ -122,7 +123,8 @@ def alie(
         present = taking_part(updates, context)
         known = known_rows(present, byzantine, knowledge)
         if z is None:
-            shift = z_max(jnp.sum(present), jnp.sum(present & byzantine))
+            taking = sending(present, byzantine, context)
+            shift = z_max(jnp.sum(taking), jnp.sum(taking & byzantine))
         else:
             shift = state
 

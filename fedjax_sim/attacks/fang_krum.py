@@ -11,6 +11,7 @@ from fedjax_sim.attacks.rows import (
     known_rows,
     mean_over,
     send_row,
+    sending,
     stateless,
 )
 from fedjax_sim.distances import krum_scores, pairwise_sq_distances
@@ -84,26 +85,41 @@ def first_step(
 def against_all(
     U: Array,
     present: Array,
+    taking: Array,
     byzantine: Array,
     max_byzantine: int | None = None,
     threshold: float = 1e-5,
     initial: float | None = None,
     squared: bool = True,
 ) -> Found:
-    """The search of attackers that know every row of ``U [k, d]``."""
-    attackers, benign = present & byzantine, present & ~byzantine
-    num_rows, c = jnp.sum(present), jnp.sum(attackers)
-    if max_byzantine is None:
-        f = c
-    else:  # what a rule of this package makes of rows that were left out
-        f = jnp.maximum(max_byzantine - (len(U) - num_rows), 0)
-    num_neighbours = jnp.maximum(num_rows - f - 2, 1)
+    """The search of attackers that know every row of ``U [k, d]``.
+
+    Args:
+        U: rows as trained.
+        present: ``bool [k]``, those that are finite.
+        taking: ``bool [k]``, those that take part once the crafted rows are sent.
+        byzantine: ``bool [k]``.
+        max_byzantine, threshold, initial, squared: as ``fang_krum`` has them.
+    """
+
+    def counts(rows: Array) -> tuple[Array, Array]:
+        """Krum's f over these rows, and how many neighbours it sums."""
+        num_rows = jnp.sum(rows)
+        if max_byzantine is None:
+            f = jnp.sum(rows & byzantine)
+        else:  # what a rule of this package makes of rows that were left out
+            f = jnp.maximum(max_byzantine - (len(U) - num_rows), 0)
+        return f, jnp.maximum(num_rows - f - 2, 1)
+
     distances = pairwise_sq_distances(U, present)
-    scores = krum_scores(_summed(distances, squared), present, num_neighbours)
+    scores = krum_scores(_summed(distances, squared), present, counts(present)[1])
     sign = jnp.sign(U[jnp.argmin(scores)])
     lengths = safe_norms(U)
+    f, num_neighbours = counts(taking)
+    c = jnp.sum(taking & byzantine)
     if initial is None:
-        r = jnp.maximum(num_rows - f - c - 1, 1)
+        benign = present & ~byzantine
+        r = jnp.maximum(jnp.sum(taking) - f - c - 1, 1)
         first = first_step(
             distances, lengths, benign, num_neighbours, r, U.shape[1], squared
         )
@@ -117,7 +133,7 @@ def against_all(
         D = jnp.where(byzantine[None, :], new[:, None], distances)
         D = jnp.where(byzantine[:, None], new[None, :], D)
         D = _summed(jnp.where(both, 0.0, D), squared)
-        return byzantine[jnp.argmin(krum_scores(D, present, num_neighbours))]
+        return byzantine[jnp.argmin(krum_scores(D, taking, num_neighbours))]
 
     return _halve(wins, sign, first, threshold, c, c)
 
@@ -262,8 +278,16 @@ def fang_krum(
             found = against_own(U, known, threshold, start, squared)
             possible = jnp.sum(known) >= 3
         else:
+            taking = sending(present, byzantine, context)
             found = against_all(
-                U, present, byzantine, max_byzantine, threshold, initial, squared
+                U,
+                present,
+                taking,
+                byzantine,
+                max_byzantine,
+                threshold,
+                initial,
+                squared,
             )
             possible = jnp.any(known)
         crafted = -found.step * found.sign

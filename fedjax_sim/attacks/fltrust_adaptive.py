@@ -11,6 +11,7 @@ from fedjax_sim.attacks.rows import (
     known_rows,
     mean_over,
     replace_rows,
+    sending,
     stateless,
     unconditional,
     unit_rows,
@@ -200,7 +201,7 @@ def fltrust_adaptive(
         root, length = root_vector("fltrust_adaptive", context)
         root = unit_rows(root)
         honest = known_rows(present, byzantine, "omniscient")
-        attackers = present & byzantine
+        attackers = sending(present, byzantine, context) & byzantine
 
         lengths = safe_norms(U)
         per_length = jnp.where(lengths > 0.0, 1.0 / lengths, 0.0)

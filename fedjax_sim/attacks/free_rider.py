@@ -35,7 +35,8 @@ def free_rider(
         mode="noisy":          u' = std t^(-decay) xi, with t = 1 in the first round
 
     Threat model: the client wants the model for nothing; harm is a side effect. It
-    knows the models it was sent. Its data size is reported as it is.
+    knows the last two models, as one that takes part in every round does. Its data size
+    is reported as it is.
 
     Cost: O(n d).
 

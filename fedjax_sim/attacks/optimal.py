@@ -11,6 +11,7 @@ from fedjax_sim.attacks.rows import (
     known_rows,
     mean_over,
     replace_rows,
+    sending,
     stateless,
     std_over,
     taking_part,
@@ -162,6 +163,7 @@ def _optimal(
         aggregate = require(name, context, "aggregate")
         present = taking_part(updates, context)
         known = known_rows(present, byzantine, "omniscient")
+        taking = sending(present, byzantine, context)
         replaced = byzantine & jnp.any(known)
         means = jax.tree.map(lambda u: mean_over(known, widen(u)), updates)
 
@@ -176,13 +178,13 @@ def _optimal(
         def harm(strength: Array) -> Array:
             sent = attacked(strength)
             received = jax.tree.map(
-                lambda u: jnp.where(along(present, u), u, jnp.nan), sent
+                lambda u: jnp.where(along(taking, u), u, jnp.nan), sent
             )
             moved = jax.tree.map(
                 lambda a, mean: widen(a) - mean[0], aggregate(received), means
             )
             distance = safe_norms(ravel(moved))
-            usable = jnp.all(taking_part(sent, context) | ~(present & byzantine))
+            usable = jnp.all(taking_part(sent, context) | ~(taking & byzantine))
             return jnp.where(usable & jnp.isfinite(distance), distance, -jnp.inf)
 
         best, _ = line_maximize(harm, evals, delta=delta, ratio=ratio)

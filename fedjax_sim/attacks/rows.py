@@ -72,6 +72,15 @@ def known_rows(present: Array, byzantine: Array, knowledge: str) -> Array:
     return present & (byzantine if knowledge == "colluding" else ~byzantine)
 
 
+def sending(present: Array, byzantine: Array, context: RoundContext) -> Array:
+    """``bool [k]``: rows that take part once the attackers have replaced their own.
+
+    What an attacker crafts is finite and counts, also where its training was not.
+    """
+    asked = byzantine if context.mask is None else byzantine & context.mask
+    return present | asked
+
+
 def mean_over(rows: Array, x: Array) -> Array:
     """Mean of the chosen rows, ``[1, ...]``; 0 where no row is chosen."""
     total = jnp.sum(jnp.where(along(rows, x), x, 0.0), axis=0, keepdims=True)

@@ -168,7 +168,8 @@ def fang_page(identifier):
 def test_fang_krum(identifier):
     U, byzantine, own, honest = fang_page(identifier)
     f = options(identifier)["f"]
-    found = jax.jit(against_all)(U, jnp.ones(len(U), bool), byzantine)
+    everybody = jnp.ones(len(U), bool)
+    found = jax.jit(against_all)(U, everybody, everybody, byzantine)
     attack = attacks.fang_krum(max_byzantine=f)
     attack.validate(len(U), 2)
     rows, _ = sent(attack, own, honest)
@@ -232,10 +233,10 @@ def test_fang_krum_of_colluding_attackers():
 def test_fang_krum_equals_the_oracle(squared):
     """Random cohorts, some of them tight clouds far away where nothing succeeds."""
     n, c, d = 11, 4, 6
-    byzantine = jnp.arange(n) < c
+    everybody, byzantine = jnp.ones(n, bool), jnp.arange(n) < c
 
     def search(U):
-        full = against_all(U, jnp.ones(n, bool), byzantine, squared=squared)
+        full = against_all(U, everybody, everybody, byzantine, squared=squared)
         own = against_own(U, byzantine, squared=squared)
         return full, own
 
@@ -268,12 +269,12 @@ def test_krum_picks_what_fang_s_attackers_send():
 
 
 def test_fang_krum_of_huge_rows_and_of_any_number_of_attackers():
-    U = jnp.array(cohort(2, 9, 5))
+    U, everybody = jnp.array(cohort(2, 9, 5)), jnp.ones(9, bool)
 
     @jax.jit
     @jax.vmap
     def step(scale, count):
-        found = against_all(scale * U, jnp.ones(9, bool), jnp.arange(9) < count)
+        found = against_all(scale * U, everybody, everybody, jnp.arange(9) < count)
         return found.step / scale, found.success
 
     steps, success = step(
@@ -788,6 +789,42 @@ def test_optimal_attacks_know_what_the_server_throws_away():
 
 
 # Shared -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attack", "own"),
+    [
+        # Rows of their own that tell the attackers nothing: so far away that Krum picks
+        # an honest one, or zero and therefore without FLTrust's trust.
+        (attacks.alie(knowledge="omniscient"), 50.0),
+        (attacks.fang_krum(), 50.0),
+        (attacks.fang_krum(max_byzantine=3), 50.0),
+        (attacks.optimal_alie(), 50.0),
+        (attacks.optimal_ipm(), 50.0),
+        (attacks.fltrust_adaptive(start="own", passes=2), 0.0),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_attackers_whose_training_diverged_count_by_what_they_send(attack, own):
+    U = cohort(18, 11, 6) + 0.5
+    context = {
+        "key": jax.random.key(0),
+        "client_ids": jnp.arange(11),
+        "root_update": jnp.ones(6),
+        "aggregate": real_rule(aggregators.trimmed_mean(3)),
+    }
+    rows = [
+        sent(attack, np.full((3, 6), value, np.float32), U[3:], **context)[0]
+        for value in (own, np.nan)
+    ]
+    np.testing.assert_allclose(rows[1][:3], rows[0][:3], rtol=1e-5)
+    assert np.linalg.norm(rows[1][0]) > 1e-3
+    # One that the round leaves out does not count.
+    mask = jnp.arange(11) != 0
+    left_out = sent(
+        attack, np.full((3, 6), np.nan, np.float32), U[3:], mask=mask, **context
+    )[0]
+    assert np.all(np.isfinite(left_out[1:3]))
 
 
 def test_norms_and_units_at_every_scale():
