@@ -87,6 +87,20 @@ def test_the_readme_s_commands_exist():
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
+def test_the_figures_on_defenses_are_those_measured():
+    """Every row of the page's tables stands in a summary of the runs that it names."""
+    page = (ROOT / "docs" / "which_defense.md").read_text()
+    names = set(re.findall(r"\(results/([\w-]+)/summary\.md\)", page))
+    results = [ROOT / "docs" / "results" / name / "summary.md" for name in names]
+    measured = {row for path in results for row in path.read_text().splitlines()}
+    rows = [row for row in page.splitlines() if row.startswith("|")]
+    assert len(names) == 5
+    assert len(rows) > 100
+    assert set(rows) <= measured
+    for rule in attack_matrix.PRESETS["defenses"].aggregators:
+        assert f"| {rule.split('(')[0]} |" in page
+
+
 def test_contributing_s_skeletons_work_as_they_are():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
