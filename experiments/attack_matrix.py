@@ -8,7 +8,7 @@ longer list of aggregators or attacks adds to it.
 
 Presets:
   demo           the embedded 8x8 digits, 20 clients: a few minutes on 2 cores.
-  defenses       29 rules under 16 attacks on the digits, IID and not: what
+  defenses       30 rules under 16 attacks on the digits, IID and not: what
                  docs/which_defense.md advises from. About an hour on 2 cores.
   fltrust_table  MNIST as in FLTrust's evaluation: 100 clients, label bias 0.5, 20
                  attackers, one local step of batch 32, 2000 rounds: 6.4 million samples
@@ -167,6 +167,7 @@ PRESETS: dict[str, Config] = {
             "meamed",
             "phocas",
             "geometric_median",
+            "clipping+geometric_median",
             "centered_clipping",
             "norm_clipping(bound='median')",
             "krum",

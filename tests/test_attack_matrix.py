@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import attack_matrix, matrix_report, runner, specs
+from experiments import attack_matrix, matrix_report, specs
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -31,12 +31,6 @@ TINY = {
         "badnets(target=0, size=2)+model_replacement",
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """The persistent cache is the user's; tests compile what they test."""
-    monkeypatch.setattr(runner, "enable_compilation_cache", lambda: None)
 
 
 def config(out, **options):
@@ -166,6 +160,8 @@ COMMAND = [
 def test_killed_in_the_middle_it_resumes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment["FEDJAX_SIM_CACHE"] = str(tmp_path / "cache")
+    # What is killed may leave half a program there.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     out = tmp_path / "killed"
     command = [*COMMAND, "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)

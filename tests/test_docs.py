@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from experiments import attack_matrix, runner
+from experiments import attack_matrix
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -48,7 +48,6 @@ def test_the_readme_s_own_rule_and_attack_run_under_the_matrix(tmp_path, monkeyp
     assert len(code.split("def turn_back")[0].splitlines()) <= 30
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine.py").write_text(code)
-    monkeypatch.setattr(runner, "enable_compilation_cache", lambda: None)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[1:3] == ["-m", "experiments.attack_matrix"]
     short = ["--model", "mlp", "--rounds", "6", "--num-seeds", "1"]

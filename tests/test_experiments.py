@@ -47,12 +47,6 @@ FILES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """The persistent cache is the user's; tests compile what they test."""
-    monkeypatch.setattr(runner, "enable_compilation_cache", lambda: None)
-
-
 def config(out, **options):
     preset = fltrust_mnist.PRESETS["demo"]
     return dataclasses.replace(preset, **{**TINY, "out": out, **options})
@@ -237,8 +231,18 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, tmp_path, numb
     arguments[arguments.index("--rounds") + 1] = "400"
     arguments[arguments.index("--segment") + 1] = "1"
     command = [sys.executable, "-u", "-m", "experiments.fltrust_mnist", *arguments]
+    # What is killed may leave half a program there.
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    }
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as process:
         seen = []
         for line in process.stdout:
