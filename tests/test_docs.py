@@ -12,10 +12,12 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import attack_matrix
+from fedjax_sim.types import RoundContext
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -93,11 +95,20 @@ def test_the_figures_on_defenses_are_those_measured():
     results = [ROOT / "docs" / "results" / name / "summary.md" for name in names]
     measured = {row for path in results for row in path.read_text().splitlines()}
     rows = [row for row in page.splitlines() if row.startswith("|")]
-    assert len(names) == 5
+    assert len(names) == 6
     assert len(rows) > 100
     assert set(rows) <= measured
     for rule in attack_matrix.PRESETS["defenses"].aggregators:
         assert f"| {rule.split('(')[0]} |" in page
+    (code,) = [block for block in indented_blocks(page) if "def root_only" in block]
+    scope = {}
+    exec(compile(code, "which_defense.md", "exec"), scope)
+    update = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    context = RoundContext(root_update=np.array([7.0, 8.0]))
+    aggregate, _, info = scope["root_only"]().apply(update, (), context)
+    assert aggregate.tolist() == [7.0, 8.0]
+    assert info.flagged.all()
+    assert info.weights.shape == (3,)
 
 
 def test_contributing_s_skeletons_work_as_they_are():
