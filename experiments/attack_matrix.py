@@ -460,6 +460,8 @@ def found(path: Path, key: str) -> dict[str, Any] | None:
         wanted = {"strength", "seed", *matrix_report.MEASURES}
         if not all(wanted <= set(run) for run in content["results"]):
             raise ValueError("a result lacks some of its measures")
+        for measure in matrix_report.MEASURES:
+            np.array([run[measure] for run in content["results"]], np.float64)
         for field in ("cell", "max_byzantine", "rounds", "versions"):
             content[field]
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -621,7 +623,9 @@ def _run_missing(
         for which, members in groups(config, missing):
             digest = hashlib.sha256("".join(keys[c] for c in members).encode())
             directory = config.out / "checkpoints" / digest.hexdigest()[:16]
-            names = f"{which[0]}, {which[1]:.0%} attackers, {which[2]}"
+            names = (
+                f"{which[0]}, {matrix_report.percent(which[1])} attackers, {which[2]}"
+            )
             progress.update(task, description=names)
             played, strengths = play(
                 config, by_partition[which[0]], members, directory, progress, task

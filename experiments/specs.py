@@ -19,8 +19,10 @@ import hashlib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,20 +122,26 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Callable[..., Any]:
         factory: Callable[..., Any] = lookup(kind, name, table)
         return factory
     try:
-        own: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"{name!r}: {module} imports {error.name!r}, which is not installed."
+            ) from None
         raise ValueError(
             f"{name!r}: no module {error.name!r}. Start from the folder that holds "
             f"{module.split('.')[0]}.py, or put that folder into PYTHONPATH."
         ) from None
-    except AttributeError:
-        raise ValueError(f"{name!r}: {module} has no function {function!r}.") from None
+    own: Any = getattr(imported, function, None)
+    if own is None:
+        raise ValueError(f"{name!r}: {module} has no function {function!r}.")
     if not callable(own):
         raise ValueError(
             f"{name!r} is not a function but of type {type(own).__name__}. Expected "
             "module.function."
         )
-    return own
+    factory = own
+    return factory
 
 
 def _build(kind: str, call: Call, table: Mapping[str, Any], usual: dict) -> Any:
@@ -294,12 +302,41 @@ def make_partition(text: str) -> fs.data.Partition:
 def source_hash(text: str) -> str:
     """Hash of the user's own modules in a spec; "" where it names none.
 
-    A result of a function that was changed since is not taken for one of it.
+    A result of a function that was changed since is not taken for one of it: what a
+    module takes from others of its package, or of its folder, counts with it.
     """
     digest = ""
     for call in parse(text) if text != NO_ATTACK else []:
         module = call.name.rpartition(".")[0]
         if module:
-            path = Path(inspect.getfile(importlib.import_module(module)))
-            digest += hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            content = hashlib.sha256()
+            for path in sorted(_own_sources(importlib.import_module(module))):
+                content.update(path.read_bytes())
+            digest += content.hexdigest()[:8]
     return digest
+
+
+def _own_sources(module: ModuleType) -> set[Path]:
+    """The file of a module, and of those of its folder that its names come from."""
+    top = sys.modules[module.__name__.split(".")[0]]
+    folder = Path(inspect.getfile(top if top.__file__ else module)).resolve().parent
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        file = getattr(each, "__file__", None)
+        if not file or each.__name__.split(".")[0] in ("fedjax_sim", "experiments"):
+            continue
+        path = Path(file).resolve()
+        inside = path.is_relative_to(folder) and "site-packages" not in (
+            path.relative_to(folder).parts
+        )
+        if path in found or not inside:
+            continue
+        found.add(path)
+        for value in list(vars(each).values()):
+            name = value.__name__ if inspect.ismodule(value) else None
+            name = name or getattr(value, "__module__", None)
+            if isinstance(name, str) and name in sys.modules:
+                waiting.append(sys.modules[name])
+    return found

@@ -1,5 +1,10 @@
 """What a ``Simulation`` checks before any training, so that nothing fails late."""
 
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,6 +30,8 @@ from fedjax_sim.types import (
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
+
+INFO_TYPES = {"weights": jnp.floating, "flagged": jnp.bool_, "scores": jnp.floating}
 
 
 def check_types(sim: "Simulation") -> None:
@@ -255,17 +262,19 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
         if sim.attack is not None:
             who = f"the attack {sim.attack.name}"
             state = sim.attack.init(params, sim.num_clients)
-            attacked: Any = sim.attack.apply(
-                updates, state, context._replace(aggregate=lambda updates: params)
-            )
+            with _blamed(who):
+                attacked: Any = sim.attack.apply(
+                    updates, state, context._replace(aggregate=lambda updates: params)
+                )
             _check_tuple(who, attacked, ("updates", "state"))
             _check_like(f"{who}: updates", attacked[0], updates)
             _check_like(f"{who}: state", attacked[1], state)
         who = f"the aggregator {sim.aggregator.name}"
         state = sim.aggregator.init(params, sim.num_clients)
-        out: Any = sim.aggregator.apply(
-            updates, state, context._replace(byzantine=None)
-        )
+        with _blamed(who):
+            out: Any = sim.aggregator.apply(
+                updates, state, context._replace(byzantine=None)
+            )
         _check_tuple(who, out, ("aggregate", "state", "AggregatorInfo"))
         _check_like(f"{who}: aggregate", out[0], params)
         _check_like(f"{who}: state", out[1], state)
@@ -281,6 +290,12 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
                 raise TypeError(
                     f"{who}: info {name} must have shape ({cohort},), one value a "
                     f"client; got {jnp.shape(value)}."
+                )
+        for name, kind in INFO_TYPES.items():
+            dtype = jnp.result_type(fields[name])
+            if not jnp.issubdtype(dtype, kind):
+                raise TypeError(
+                    f"{who}: info {name} must be of type {kind.__name__}; got {dtype}."
                 )
 
     jax.eval_shape(one_round, jax.random.key(0))
@@ -313,6 +328,24 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
     if attack.trigger is not None and sim.test is not None:
         inputs = jnp.asarray(sim.test.inputs[:1])
         jax.eval_shape(evaluation, inputs, jnp.zeros(1, jnp.int32))
+
+
+@contextmanager
+def _blamed(who: str) -> Iterator[None]:
+    """Says in whose code, and where, a function of the user's own failed."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        paths = sysconfig.get_paths()
+        others = (str(Path(__file__).parent), paths["stdlib"], paths["purelib"])
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(others)]
+        # Some errors of JAX cannot be made anew; they keep their own traceback.
+        if not own or type(error) not in (ValueError, TypeError):
+            raise
+        raise type(error)(
+            f"{who} failed at {own[-1].filename}, line {own[-1].lineno}: {error}"
+        ) from error
 
 
 def _check_tuple(who: str, out: Any, names: tuple[str, ...]) -> None:

@@ -248,7 +248,9 @@ def test_damaged_cell(tmp_path):
     short = {**content, "results": [{"seed": 0}], "versions": {}}
     of_others = {name: first[name] for name in first if name != "lowest_recall"}
     old = {**content, "results": [of_others]}
-    for text in ("{", "[]", *map(json.dumps, ({**content, "key": "0"}, short, old))):
+    word = {**content, "results": [{**first, "accuracy": "x"}]}
+    others = ({**content, "key": "0"}, short, old, word)
+    for text in ("{", "[]", *map(json.dumps, others)):
         cell.write_text(text)
         with pytest.raises(ValueError, match=r"is damaged .*Delete it"):
             run(tmp_path / "m", **options)

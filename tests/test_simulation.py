@@ -945,6 +945,18 @@ def rule_returning(change):
             lambda a, s, i: (a, s, i._replace(details={"x": jnp.zeros(())})),
             "info x must have shape",
         ),
+        (
+            lambda a, s, i: (a, s, i._replace(flagged=i.weights)),
+            "info flagged must be of type bool_?; got float32",
+        ),
+        (
+            lambda a, s, i: (a, s, i._replace(scores=i.flagged)),
+            "info scores must be of type floating; got bool",
+        ),
+        (
+            lambda a, s, i: jnp.zeros(2) + jnp.zeros(3),
+            r"aggregator mine failed at .*test_simulation.py, line \d+: add got",
+        ),
     ],
 )
 def test_a_rule_that_breaks_its_contract_is_named(change, message):
@@ -960,6 +972,16 @@ def test_an_attack_that_breaks_its_contract_is_named():
 
     with pytest.raises(TypeError, match="attack sign_flip: updates must have"):
         simulate(attack=attack._replace(apply=apply), num_byzantine=2)
+
+
+def test_an_attack_that_fails_is_named_with_its_line():
+    def apply(updates, state, context):
+        raise ValueError("boom")
+
+    attack = fs.attacks.sign_flip()._replace(apply=apply, name="mine")
+    message = r"the attack mine failed at .*test_simulation.py, line \d+: boom"
+    with pytest.raises(ValueError, match=message):
+        simulate(attack=attack, num_byzantine=2)
 
 
 def test_needs_that_a_round_does_not_have():

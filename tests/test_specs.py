@@ -156,3 +156,34 @@ def test_source_of_own_functions_counts(mine):
     mine.write_text(MINE + "\n")
     assert len(before) == 8
     assert specs.source_hash("mine_for_specs.strict") != before
+
+
+def test_source_that_own_functions_come_from_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "package_for_specs"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .rules import strict\n")
+    (package / "rules.py").write_text(MINE)
+    (tmp_path / "helped_for_specs.py").write_text(
+        "import fedjax_sim\nfrom helper_for_specs import SHARE\n"
+        "import helper_for_specs\n\ndef rule(): pass\n"
+    )
+    (tmp_path / "helper_for_specs.py").write_text("SHARE = 1\n")
+    for name, file in (
+        ("package_for_specs.strict", package / "rules.py"),
+        ("helped_for_specs.rule", tmp_path / "helper_for_specs.py"),
+    ):
+        before = specs.source_hash(name)
+        assert specs.source_hash(name) == before
+        file.write_text(file.read_text() + "\n# changed\n")
+        assert specs.source_hash(name) != before
+
+
+def test_what_an_own_module_lacks_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lacking_for_specs.py").write_text("import not_installed_here\n")
+    with pytest.raises(ValueError, match="lacking_for_specs imports 'not_installed_h"):
+        specs.make_aggregator("lacking_for_specs.rule", 1)
+    (tmp_path / "broken_for_specs.py").write_text("import jax\njax.nothing_here\n")
+    with pytest.raises(AttributeError, match="nothing_here"):
+        specs.make_aggregator("broken_for_specs.rule", 1)
