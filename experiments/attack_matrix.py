@@ -623,9 +623,7 @@ def _run_missing(
         for which, members in groups(config, missing):
             digest = hashlib.sha256("".join(keys[c] for c in members).encode())
             directory = config.out / "checkpoints" / digest.hexdigest()[:16]
-            names = (
-                f"{which[0]}, {matrix_report.percent(which[1])} attackers, {which[2]}"
-            )
+            names = f"{which[0]}, {results.percent(which[1])} attackers, {which[2]}"
             progress.update(task, description=names)
             played, strengths = play(
                 config, by_partition[which[0]], members, directory, progress, task

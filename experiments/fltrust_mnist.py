@@ -372,7 +372,7 @@ def settings(config: Config) -> str:
         partition += f"({getattr(config, option):g})"
     root = f"{config.root_size}"
     if config.root_bias is not None:
-        root += f" ({config.root_bias:.0%} of them of class 1)"
+        root += f" ({results.percent(config.root_bias)} of them of class 1)"
     return (
         f"{config.dataset}, {config.model}, {config.clients} clients ({partition}), "
         f"{runner.cohort_size(config)} sampled per round; {num_attackers(config)} of "

@@ -138,8 +138,11 @@ def scan_table(cells: Mapping[Cell, dict[str, Any]]) -> str:
             values.append(f"{accuracy['final']:.3f} ({accuracy['mean_of_run']:.3f})")
         root = f"{cell.root_size}"
         if cell.root_bias is not None:
-            root += f", {cell.root_bias:.0%} of one class"
-        attack, attackers = f"{cell.attack} {cell.strength:g}", f"{cell.attackers:.0%}"
+            root += f", {results.percent(cell.root_bias)} of one class"
+        attack, attackers = (
+            f"{cell.attack} {cell.strength:g}",
+            results.percent(cell.attackers),
+        )
         rows.append((attack, attackers, cell.clients, root, *values))
     header = ("attack", "attackers", "clients", "root samples", *names)
     return fs.report.markdown_table(header, rows)

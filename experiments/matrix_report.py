@@ -189,7 +189,7 @@ def write(
                 for c, content in done.items()
                 if (c.partition, c.attackers) == (partition, attackers)
             }
-            title = f"{partition}, {percent(attackers)} attackers"
+            title = f"{partition}, {results.percent(attackers)} attackers"
             name = "heatmap" + (f"-{_slug(partition)}-{attackers:g}" if several else "")
             accuracy = grid(here, config)
             success = grid(here, config, "attack_success", highest=True)
@@ -438,16 +438,6 @@ def _nested(values: np.ndarray, config: Any) -> dict[str, dict[str, float | None
         rule: {a: _json(v) for a, v in zip(config.attacks, row)}
         for rule, row in zip(config.aggregators, values)
     }
-
-
-def percent(share: float) -> str:
-    """A share as the reports name it.
-
-    Example:
-        >>> percent(0.2), percent(0.125)
-        ('20%', '12.5%')
-    """
-    return f"{100 * share:.6g}%"
 
 
 def _slug(text: str) -> str:

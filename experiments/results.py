@@ -75,6 +75,16 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def percent(share: float) -> str:
+    """A share as the reports name it.
+
+    Example:
+        >>> percent(0.2), percent(0.125)
+        ('20%', '12.5%')
+    """
+    return f"{100 * share:.6g}%"
+
+
 def _recalls(history: fs.History) -> np.ndarray:
     """``[seeds, rounds, classes]``, also of a run without a seed axis."""
     recall = np.asarray(history.class_recall)

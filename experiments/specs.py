@@ -132,7 +132,7 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Callable[..., Any]:
             f"{name!r}: no module {error.name!r}. Start from the folder that holds "
             f"{module.split('.')[0]}.py, or put that folder into PYTHONPATH."
         ) from None
-    own: Any = getattr(imported, function, None)
+    own: Callable[..., Any] | None = getattr(imported, function, None)
     if own is None:
         raise ValueError(f"{name!r}: {module} has no function {function!r}.")
     if not callable(own):
@@ -140,8 +140,7 @@ def find(kind: str, name: str, table: Mapping[str, Any]) -> Callable[..., Any]:
             f"{name!r} is not a function but of type {type(own).__name__}. Expected "
             "module.function."
         )
-    factory = own
-    return factory
+    return own
 
 
 def _build(kind: str, call: Call, table: Mapping[str, Any], usual: dict) -> Any:

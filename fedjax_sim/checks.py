@@ -1,5 +1,6 @@
 """What a ``Simulation`` checks before any training, so that nothing fails late."""
 
+import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -261,8 +262,8 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
         )
         if sim.attack is not None:
             who = f"the attack {sim.attack.name}"
-            state = sim.attack.init(params, sim.num_clients)
             with _blamed(who):
+                state = sim.attack.init(params, sim.num_clients)
                 attacked: Any = sim.attack.apply(
                     updates, state, context._replace(aggregate=lambda updates: params)
                 )
@@ -270,8 +271,8 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             _check_like(f"{who}: updates", attacked[0], updates)
             _check_like(f"{who}: state", attacked[1], state)
         who = f"the aggregator {sim.aggregator.name}"
-        state = sim.aggregator.init(params, sim.num_clients)
         with _blamed(who):
+            state = sim.aggregator.init(params, sim.num_clients)
             out: Any = sim.aggregator.apply(
                 updates, state, context._replace(byzantine=None)
             )
@@ -309,7 +310,8 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
 
     def one_client(key: jax.Array) -> None:
         data, context = _one_client(sim)
-        poisoned: Any = attack.poison(key, data, context)
+        with _blamed(who):
+            poisoned: Any = attack.poison(key, data, context)
         if not isinstance(poisoned, ClientData):
             raise TypeError(
                 f"{who} must return ClientData; got {type(poisoned).__name__}."
@@ -318,7 +320,8 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
 
     def evaluation(inputs: jax.Array, targets: jax.Array) -> None:
         assert attack.trigger is not None
-        out: Any = attack.trigger(inputs, targets)
+        with _blamed(who):
+            out: Any = attack.trigger(inputs, targets)
         _check_tuple(f"{who}: trigger", out, ("inputs", "wanted", "counts"))
         _check_like(f"{who}: trigger's inputs", out[0], inputs)
         _check_like(f"{who}: trigger's wanted", out[1], targets)
@@ -337,7 +340,8 @@ def _blamed(who: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         paths = sysconfig.get_paths()
-        others = (str(Path(__file__).parent), paths["stdlib"], paths["purelib"])
+        folders = (Path(__file__).parent, paths["stdlib"], paths["purelib"])
+        others = tuple(f"{folder}{os.sep}" for folder in folders)
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(others)]
         # Some errors of JAX cannot be made anew; they keep their own traceback.

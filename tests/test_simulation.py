@@ -974,14 +974,25 @@ def test_an_attack_that_breaks_its_contract_is_named():
         simulate(attack=attack._replace(apply=apply), num_byzantine=2)
 
 
-def test_an_attack_that_fails_is_named_with_its_line():
-    def apply(updates, state, context):
+@pytest.mark.parametrize(
+    ("argument", "factory", "field"),
+    [
+        ("aggregator", fs.aggregators.fedavg, "init"),
+        ("attack", fs.attacks.sign_flip, "init"),
+        ("attack", fs.attacks.sign_flip, "apply"),
+        ("data_attack", lambda: fs.attacks.label_flip(L), "poison"),
+        ("data_attack", lambda: fs.attacks.label_flip(L), "trigger"),
+    ],
+)
+def test_a_plugin_that_fails_is_named_with_its_line(argument, factory, field):
+    def fails(*args):
         raise ValueError("boom")
 
-    attack = fs.attacks.sign_flip()._replace(apply=apply, name="mine")
-    message = r"the attack mine failed at .*test_simulation.py, line \d+: boom"
+    plugin = factory()._replace(name="mine", **{field: fails})
+    num_byzantine = 0 if argument == "aggregator" else 2
+    message = r" mine failed at .*test_simulation.py, line \d+: boom"
     with pytest.raises(ValueError, match=message):
-        simulate(attack=attack, num_byzantine=2)
+        simulate(num_byzantine=num_byzantine, **{argument: plugin})
 
 
 def test_needs_that_a_round_does_not_have():
