@@ -224,7 +224,8 @@ def heatmap(
             f"{len(rows)} rows and {len(columns)} columns."
         )
     width = 0.38 * len(columns) + 0.075 * max(map(len, rows)) + 0.8
-    height = 0.2 * len(rows) + 0.055 * max(map(len, columns)) + 0.4
+    # Beside fewer than three rows there is no room for the label of the colours.
+    height = 0.2 * max(len(rows), 3) + 0.055 * max(map(len, columns)) + 0.4
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
         axes = figure.subplots()
@@ -251,7 +252,7 @@ def heatmap(
         bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
         if title is not None:
-            axes.set_title(title)
+            axes.set_title(title, wrap=True)
         return _save(figure, path)
 
 

@@ -153,6 +153,24 @@ def test_detection_plot_without_any_attacker(tmp_path):
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), [0.25, 0.0, 0.75])
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 9), (12, 4)])
+def test_everything_on_a_heatmap_is_inside_the_figure(shape):
+    rows, columns = (["median"] * shape[0], ["badnets"] * shape[1])
+    figure = report.heatmap(
+        np.full(shape, 0.5),
+        rows,
+        columns,
+        label="attack success",
+        title="dirichlet(alpha=0.3), 20% attackers",
+    )
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches()
+    box = figure.get_tightbbox()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
 @pytest.mark.parametrize("window", [1, 3, 10])
 def test_running_mean_equals_a_loop(window):
     rng = np.random.default_rng(0)
