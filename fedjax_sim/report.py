@@ -207,7 +207,7 @@ def heatmap(
         title: above the map.
 
     Returns:
-        The figure, as wide as its columns need, 200 dpi.
+        The figure, as large as its cells and names need, 200 dpi.
 
     Raises:
         ValueError: the shapes do not belong together.
@@ -223,8 +223,10 @@ def heatmap(
             f"heatmap needs values of shape [rows, columns]; got {values.shape} with "
             f"{len(rows)} rows and {len(columns)} columns."
         )
-    width = 0.38 * len(columns) + 0.075 * max(map(len, rows)) + 0.8
-    # Beside fewer than three rows there is no room for the label of the colours.
+    # In inches, about. The layout leaves room for the names, but would let the title
+    # and the label of the colours reach over the edge of a small map.
+    width = 0.075 * max(map(len, rows))
+    width += max(0.38 * len(columns) + 0.8, 0.06 * len(title or ""))
     height = 0.2 * max(len(rows), 3) + 0.055 * max(map(len, columns)) + 0.4
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
@@ -252,7 +254,7 @@ def heatmap(
         bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.02)
         bar.outline.set_visible(False)
         if title is not None:
-            axes.set_title(title, wrap=True)
+            axes.set_title(title)
         return _save(figure, path)
 
 

@@ -153,13 +153,15 @@ def test_detection_plot_without_any_attacker(tmp_path):
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), [0.25, 0.0, 0.75])
 
 
+@pytest.mark.parametrize(
+    "name", ["krum", "mine.root_only", "clipping+geometric_median"]
+)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 9), (12, 4)])
-def test_everything_on_a_heatmap_is_inside_the_figure(shape):
-    rows, columns = (["median"] * shape[0], ["badnets"] * shape[1])
+def test_everything_on_a_heatmap_is_inside_the_figure(shape, name):
     figure = report.heatmap(
         np.full(shape, 0.5),
-        rows,
-        columns,
+        [name] * shape[0],
+        ["badnets"] * shape[1],
         label="attack success",
         title="dirichlet(alpha=0.3), 20% attackers",
     )
