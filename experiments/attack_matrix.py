@@ -147,6 +147,9 @@ class Config:
     lr: float = 0.1
     #: At most this many clients side by side; default: by backend and model size.
     client_chunk: int | None = None
+    #: Cores of the CPU, each of which trains its own clients. Default:
+    #: $JAX_NUM_CPU_DEVICES, else all that this process may use, at most 8.
+    cores: int | None = None
 
     #: Aggregators compiled into one program, which trains their clients together.
     #: More of them compile faster, fewer are kept sooner.
@@ -573,7 +576,7 @@ def run(config: Config, console: Console) -> None:
         specs.make_aggregator(spec, 1)
     for spec in config.attacks:
         make_attack(config, spec, specs.ANY_CLASSES)
-    runner.enable_compilation_cache()
+    runner.start(config.cores)
     settings, source = load_settings(config)
     why = check_cells(config, settings)
     keys = {cell: cell_key(config, cell, source) for cell in cells(config)}

@@ -115,6 +115,9 @@ class Config:
     lr: float = 0.01
     #: At most this many clients side by side; default: by backend and model size.
     client_chunk: int | None = None
+    #: Cores of the CPU, each of which trains its own clients. Default:
+    #: $JAX_NUM_CPU_DEVICES, else all that this process may use, at most 8.
+    cores: int | None = None
 
     #: Any attack of the README's table, with options and joined by + as attack_matrix
     #: has them: alie, 'badnets(target=0)+model_replacement', 'mimic(warmup=5)'.
@@ -395,7 +398,7 @@ def run(config: Config, console: Console) -> runner.Result:
         ValueError: a bad option, before any training.
     """
     rundir.check_out(config)
-    runner.enable_compilation_cache()
+    runner.start(config.cores)
     phases, source = make_phases(config)
     runner.check_progress(config, phases)
     with rundir.open_out(config, source):

@@ -17,7 +17,7 @@ import fedjax_sim as fs
 
 # Options that do not change what a round computes, and so are not part of a run's key:
 # where the run is, and (but for whether it forks) how long it is.
-WHERE = ("out", "data_dir", "resume", "segment", "preset")
+WHERE = ("out", "data_dir", "resume", "segment", "preset", "cores")
 HOW_LONG = ("rounds", "attack_rounds")
 # Options with a default that is how runs were before they existed: no part of the key
 # where they have it.

@@ -32,6 +32,7 @@ from rich.progress import (
 import fedjax_sim as fs
 from experiments.results import write_clients, write_metrics
 from fedjax_sim import checkpoint
+from fedjax_sim.sharding import over_devices, replicate, usable_cores
 
 LONG = 120.0  # seconds from which a run is announced as long
 WORTH_MEASURING = (
@@ -443,21 +444,23 @@ def estimate(comparison: fs.Comparison, num_seeds: int) -> float:
         return 0.0
     probe_steps = 20
     update = sim.client_update.with_steps(probe_steps)
-    chunk = min(sim.client_chunk, sim.cohort_size)
+    count = min(sim.client_chunk * sim.num_devices, sim.cohort_size)
 
-    @jax.jit
-    def probe(clients: Any, params: Any) -> Any:
+    def probe(shared: Any, ids: Any) -> Any:
+        clients, params = shared
+
         def one(client: Any) -> Any:
             data = clients.gather(client)
             state = update.init(params)
             return update.apply(sim.model, jax.random.key(0), params, data, state, 0)[0]
 
-        return jax.vmap(one)(np.arange(chunk))
+        return jax.vmap(one)(ids)
 
-    compiled = probe.lower(sim.clients, params).compile()
-    jax.block_until_ready(compiled(sim.clients, params))
-    took = min(_timed(lambda: compiled(sim.clients, params))[0] for _ in range(3))
-    return took / (probe_steps * chunk) * steps
+    args = replicate(((sim.clients, params), np.arange(count)), sim.num_devices)
+    compiled = jax.jit(over_devices(probe, sim.num_devices)).lower(*args).compile()
+    jax.block_until_ready(compiled(*args))
+    took = min(_timed(lambda: compiled(*args))[0] for _ in range(3))
+    return took / (probe_steps * count) * steps
 
 
 def duration(seconds: float) -> str:
@@ -490,7 +493,28 @@ def exit_on_interrupt(way_on: str = "--resume continues") -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def enable_compilation_cache() -> None:
+def start(cores: int | None) -> None:
+    """Sets JAX up for a study: ``--cores``, and a cache of compiled programs.
+
+    A notebook that has used JAX already keeps the devices it has.
+
+    Raises:
+        ValueError: ``--cores`` is more than there are, or comes too late.
+    """
+    if cores is not None and not 1 <= cores <= usable_cores():
+        raise ValueError(
+            f"--cores must be from 1 to {usable_cores()}, what this process may use; "
+            f"got {cores}."
+        )
+    try:
+        fs.use_cores(cores)
+    except RuntimeError as error:
+        if cores is not None:
+            raise ValueError(str(error)) from None
+    _enable_compilation_cache()
+
+
+def _enable_compilation_cache() -> None:
     """Keeps compiled programs between processes, in the user's cache folder."""
     from fedjax_sim.data.cache import cache_dir
 

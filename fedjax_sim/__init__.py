@@ -14,6 +14,7 @@ from fedjax_sim import (
 )
 from fedjax_sim.clients import local_sgd
 from fedjax_sim.models import Model
+from fedjax_sim.sharding import use_cores
 from fedjax_sim.simulation import Comparison, Simulation, compare
 from fedjax_sim.state import History, RoundState
 
@@ -38,4 +39,5 @@ __all__ = [
     "order",
     "report",
     "types",
+    "use_cores",
 ]

@@ -64,7 +64,7 @@ def check_types(sim: "Simulation") -> None:
             hint = f"Pass it as {right}=."
         check_type(field, value, kind, hint)
     check_count("num_byzantine", sim.num_byzantine, 0)
-    for field in ("cohort_size", "root_steps", "client_chunk"):
+    for field in ("cohort_size", "root_steps", "client_chunk", "num_devices"):
         value = getattr(sim, field)
         if value is not None:
             check_count(field, value, 1)

@@ -9,6 +9,7 @@ from jax.custom_batching import sequential_vmap
 
 from fedjax_sim.metrics import count_by_class, rate
 from fedjax_sim.models import Model
+from fedjax_sim.sharding import over_devices
 from fedjax_sim.types import AnyArray, Array, Params
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ def batches(test: Any) -> Array:
     return jnp.arange(-(-count // size) * size).reshape(-1, size)
 
 
-def make_evaluator(model: Model, num_classes: int) -> Any:
+def make_evaluator(model: Model, num_classes: int, num_devices: int) -> Any:
     """``(params, test) -> Scores``, a fixed number of samples at a time."""
 
-    @sequential_vmap
-    def evaluate(params: Params, test: Any) -> Scores:
+    def measure(shared: tuple[Params, Any], rows: Array) -> Any:
+        params, test = shared
         count = test.targets.shape[0]
 
         def batch(rows: Array) -> tuple[Array, Array, Array, Array]:
@@ -55,7 +56,14 @@ def make_evaluator(model: Model, num_classes: int) -> Any:
                 count_by_class(valid, targets, num_classes),
             )
 
-        correct, loss, hits, totals = jax.lax.map(batch, batches(test))
+        return jax.lax.map(batch, rows)
+
+    spread = over_devices(measure, num_devices)
+
+    @sequential_vmap
+    def evaluate(params: Params, test: Any) -> Scores:
+        count = test.targets.shape[0]
+        correct, loss, hits, totals = spread((params, test), batches(test))
         return Scores(
             correct.sum() / count,
             loss.sum() / count,
@@ -65,11 +73,11 @@ def make_evaluator(model: Model, num_classes: int) -> Any:
     return evaluate
 
 
-def make_success(model: Model, trigger: Trigger) -> Any:
+def make_success(model: Model, trigger: Trigger, num_devices: int) -> Any:
     """``(params, test) -> attack success``, a fixed number of samples at a time."""
 
-    @sequential_vmap
-    def success(params: Params, test: Any) -> Array:
+    def measure(shared: tuple[Params, Any], rows: Array) -> tuple[Array, Array]:
+        params, test = shared
         count = test.targets.shape[0]
 
         def batch(rows: Array) -> tuple[Array, Array]:
@@ -79,7 +87,13 @@ def make_success(model: Model, trigger: Trigger) -> Any:
             hit = counts & (model.apply(params, inputs).argmax(axis=-1) == wanted)
             return hit.sum(dtype=jnp.int32), counts.sum(dtype=jnp.int32)
 
-        hits, totals = jax.lax.map(batch, batches(test))
+        return jax.lax.map(batch, rows)
+
+    spread = over_devices(measure, num_devices)
+
+    @sequential_vmap
+    def success(params: Params, test: Any) -> Array:
+        hits, totals = spread((params, test), batches(test))
         return rate(hits.sum(), totals.sum())
 
     return success
@@ -98,7 +112,7 @@ def evaluate_systems(
     def stack(names: list[str]) -> Params:
         return jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in names))
 
-    evaluate = make_evaluator(first.model, first.num_classes)
+    evaluate = make_evaluator(first.model, first.num_classes, first.num_devices)
     scores = jax.lax.map(lambda p: evaluate(p, test), stack(list(sims)))
     success = dict.fromkeys(sims, jnp.full((), jnp.nan, jnp.float32))
     systems_of: dict[Trigger, list[str]] = {}
@@ -106,7 +120,7 @@ def evaluate_systems(
         if sim.data_attack is not None and sim.data_attack.trigger is not None:
             systems_of.setdefault(sim.data_attack.trigger, []).append(name)
     for trigger, names in systems_of.items():
-        measure = make_success(first.model, trigger)
+        measure = make_success(first.model, trigger, first.num_devices)
         found = jax.lax.map(lambda p, m=measure: m(p, test), stack(names))
         success |= {name: found[i] for i, name in enumerate(names)}
     return {

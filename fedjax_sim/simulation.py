@@ -13,6 +13,7 @@ import optax
 from fedjax_sim import checks, rounds
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
+from fedjax_sim.sharding import replicate
 from fedjax_sim.state import Arrays, History, RoundState, fresh_state, initial_state
 from fedjax_sim.types import (
     Aggregator,
@@ -27,7 +28,15 @@ from fedjax_sim.types import (
 
 # What the systems of a comparison must have in common, because their clients are
 # trained together.
-SHARED = ("clients", "model", "client_update", "test", "cohort_size", "client_chunk")
+SHARED = (
+    "clients",
+    "model",
+    "client_update",
+    "test",
+    "cohort_size",
+    "client_chunk",
+    "num_devices",
+)
 # Above this many parameters clients are trained one by one on CPU.
 CACHE_PARAMS = 50_000
 
@@ -63,6 +72,8 @@ class Simulation:
         client_chunk: at most this many clients are trained side by side, the rest one
             chunk after the other: a knob of speed and memory that does not change what
             is computed. Default: measured per backend, see ``default_client_chunk``.
+        num_devices: devices that the clients' training and the evaluation are spread
+            over; on CPU, cores (see ``fs.use_cores``). Default: all of this process.
 
     Raises:
         ValueError, TypeError: a setting that cannot work, before any training.
@@ -97,6 +108,7 @@ class Simulation:
     cohort_size: int = None  # type: ignore[assignment]
     server_optimizer: optax.GradientTransformation = optax.sgd(1.0)
     client_chunk: int = None  # type: ignore[assignment]
+    num_devices: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         checks.check_types(self)
@@ -119,6 +131,15 @@ class Simulation:
         object.__setattr__(self, "cohort_size", cohort)
         if self.client_chunk is None:
             object.__setattr__(self, "client_chunk", default_client_chunk(self.model))
+        there = jax.local_device_count()
+        if self.num_devices is None:
+            object.__setattr__(self, "num_devices", there)
+        elif self.num_devices > there:
+            raise ValueError(
+                f"num_devices={self.num_devices}, but this process has {there} "
+                f"{jax.default_backend()} device(s). Lower it; on CPU, make more with "
+                "fs.use_cores."
+            )
         if self.root is not None and self.root_steps is None:
             steps = round(float(np.mean(self.client_update.num_steps(sizes))))
             object.__setattr__(self, "root_steps", steps)
@@ -284,7 +305,7 @@ class Comparison:
             test = Examples(
                 jnp.asarray(test.inputs), jnp.asarray(test.targets, jnp.int32)
             )
-        return Arrays(first.clients, root, test)
+        return replicate(Arrays(first.clients, root, test), first.num_devices)
 
     @functools.cached_property
     def _init(self) -> "jax.stages.Wrapped":
@@ -342,7 +363,7 @@ class Comparison:
         """The program of ``run``, lowered: ``.compile()`` it, or read its text."""
         zero = jnp.zeros((), jnp.int32)
         return self._scan.lower(
-            states, self._arrays, zero, zero, num_rounds, eval_every
+            self._placed(states), self._arrays, zero, zero, num_rounds, eval_every
         )
 
     def shapes(
@@ -398,7 +419,7 @@ class Comparison:
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last
         states, histories = self._scan(
-            dict(states),
+            self._placed(states),
             self._arrays,
             jnp.int32(start),
             jnp.int32(last),
@@ -411,6 +432,11 @@ class Comparison:
             {name: states[name] for name in self.systems},
             {name: histories[name] for name in self.systems},
         )
+
+    def _placed(self, states: Mapping[str, RoundState]) -> dict[str, RoundState]:
+        """The states where the program of ``run`` wants them."""
+        first = next(iter(self.systems.values()))
+        return replicate(dict(states), first.num_devices)
 
     def _check_states(self, states: Mapping[str, RoundState]) -> None:
         if set(states) != set(self.systems):

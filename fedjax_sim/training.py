@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from fedjax_sim.models import Model
+from fedjax_sim.sharding import over_devices
 from fedjax_sim.state import (
     POISON,
     ROOT,
@@ -60,11 +61,13 @@ def make_trainer(
     data_attacks: tuple[DataAttack, ...],
     padded: bool,
     chunk: int,
+    num_devices: int = 1,
 ) -> Any:
     """``(clients, params [S, ...], rows [R]) -> (updates, states, info) [R, ...]``.
 
-    ``chunk`` rows at a time are vmapped, chunks run one after the other. vmapping the
-    trainer itself (over seeds) only adds rows, so seeds run at the speed of clients.
+    Each device takes its part of the rows. There ``chunk`` rows at a time are vmapped,
+    chunks run one after the other. vmapping the trainer itself (over seeds) only adds
+    rows, so seeds run at the speed of clients.
     """
 
     def train_one(clients: Clients, params: Params, row: Row) -> Any:
@@ -81,8 +84,8 @@ def make_trainer(
         start = jax.tree.map(lambda x: x[row.system], params)
         return update.apply(model, row.key, start, data, row.state, row.round)
 
-    @custom_vmap
-    def train(clients: Clients, params: Params, rows: Row) -> Any:
+    def train_rows(shared: tuple[Clients, Params], rows: Row) -> Any:
+        clients, params = shared
         count = rows.client_id.shape[0]
         size = largest_divisor(count, chunk)
 
@@ -96,6 +99,12 @@ def make_trainer(
         split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
         out = jax.lax.map(jax.vmap(one), split)
         return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+
+    spread = over_devices(train_rows, num_devices)
+
+    @custom_vmap
+    def train(clients: Clients, params: Params, rows: Row) -> Any:
+        return spread((clients, params), rows)
 
     @train.def_vmap
     def train_seeds(
@@ -166,7 +175,12 @@ def train_cohorts(
 
     def train(update: ClientUpdate, rows: dict[str, Row]) -> dict[str, Any]:
         trainer = make_trainer(
-            first.model, update, attacks, first.padded, first.client_chunk
+            first.model,
+            update,
+            attacks,
+            first.padded,
+            first.client_chunk,
+            first.num_devices,
         )
         joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values())
         out, start, results = trainer(arrays.clients, stacked, joined), 0, {}
@@ -222,7 +236,9 @@ def train_roots(
     assert first.root_steps is not None, "set by Simulation where there is a root"
     assert arrays.root is not None
     update = first.client_update.with_steps(first.root_steps)
-    train = make_trainer(first.model, update, (), False, first.client_chunk)
+    train = make_trainer(
+        first.model, update, (), False, first.client_chunk, first.num_devices
+    )
     keys = jnp.stack([stream(states[n], ROOT) for n in needing])
     count = jnp.arange(len(needing), dtype=jnp.int32)
     stacked = jax.tree.map(

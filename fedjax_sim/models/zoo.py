@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from fedjax_sim.models.layers import Conv
+from fedjax_sim.models.layers import Conv, worth_spare
 from fedjax_sim.models.model import Model
 from fedjax_sim.types import Array
 
@@ -17,8 +17,11 @@ class _CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        for features in self.channels:
-            x = Conv(features, (3, 3), self.padding, pool=True)(x)
+        in_features = None
+        for layer, features in enumerate(self.channels):
+            spare = layer < len(self.channels) - 1 and worth_spare(features)
+            x = Conv(features, (3, 3), self.padding, True, in_features, spare)(x)
+            in_features = features
         return _MLP(self.hidden, self.num_classes, name="head")(x)
 
 

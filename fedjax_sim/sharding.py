@@ -1,0 +1,115 @@
+"""The client axis over devices: several GPUs, or the cores of one CPU.
+
+A client's local steps are a long chain of small operations. Two cores gain little by
+sharing each of them, and nearly twice the speed by training a client each.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedjax_sim.registry import check_count
+from fedjax_sim.types import PyTree
+
+AXIS = "clients"
+# Every device holds its own copy of the data and of the cohort's updates.
+MOST_CORES = 8
+
+
+def use_cores(count: int | None = None) -> int:
+    """Makes JAX see cores of the CPU as devices, each of which trains its own clients.
+
+    Call it before anything else that uses JAX; ``JAX_NUM_CPU_DEVICES`` in the
+    environment does the same. Simulations then spread over all of them (see
+    ``Simulation.num_devices``). The experiments call it themselves. Where JAX finds a
+    GPU it uses that, and this makes no difference.
+
+    Args:
+        count: how many. Default: ``JAX_NUM_CPU_DEVICES``, or else the cores this
+            process may use, at most 8.
+
+    Returns:
+        The number of CPU devices there are now.
+
+    Raises:
+        RuntimeError: JAX has started already, with another number of them.
+
+    Example:
+        >>> import jax
+        >>> use_cores(len(jax.devices("cpu"))) == len(jax.devices("cpu"))
+        True
+    """
+    if count is None:
+        asked = jax.config.values["jax_num_cpu_devices"]
+        count = asked if asked > 0 else min(usable_cores(), MOST_CORES)
+    check_count("use_cores' count", count, 1)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        there = len(jax.devices("cpu"))  # JAX runs, so that asking does not start it
+        if there != count:
+            raise RuntimeError(
+                f"use_cores({count}) comes too late: JAX has started with {there} CPU "
+                "device(s) and keeps them. Call it before anything that uses JAX, or "
+                f"start Python with JAX_NUM_CPU_DEVICES={count}."
+            ) from error
+    return count
+
+
+def usable_cores() -> int:
+    """Cores this process may use: all of the machine's unless it was confined."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def device_mesh(num_devices: int) -> Mesh:
+    """The first ``num_devices`` local devices along the axis ``clients``."""
+    devices = jax.local_devices()[:num_devices]
+    return jax.make_mesh((num_devices,), (AXIS,), (AxisType.Auto,), devices=devices)
+
+
+def replicate(tree: PyTree, num_devices: int) -> PyTree:
+    """The arrays of a tree on every one of several devices; as they are, for one."""
+    if num_devices == 1:
+        return tree
+    everywhere = NamedSharding(device_mesh(num_devices), PartitionSpec())
+    return jax.device_put(tree, everywhere)
+
+
+def over_devices(
+    f: Callable[[PyTree, PyTree], PyTree], num_devices: int
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """``f(shared, rows) -> results``, where every device takes its part of the rows.
+
+    Rows and results have a leading axis of R; result i must depend on ``shared`` and
+    row i alone. Where R is not a multiple of ``num_devices`` the last row is repeated,
+    and its further results are dropped. Every device ends with all results.
+    """
+    if num_devices == 1:
+        return f
+
+    def part(shared: PyTree, rows: PyTree) -> PyTree:
+        results = f(shared, rows)
+        return jax.tree.map(
+            lambda x: jax.lax.all_gather(x, AXIS, axis=0, tiled=True), results
+        )
+
+    spread = jax.shard_map(
+        part,
+        mesh=device_mesh(num_devices),
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # JAX cannot see that all_gather makes all devices equal
+    )
+
+    def run(shared: PyTree, rows: PyTree) -> PyTree:
+        count = len(jax.tree.leaves(rows)[0])
+        places = jnp.minimum(jnp.arange(count + -count % num_devices), count - 1)
+        if len(places) > count:
+            rows = jax.tree.map(lambda x: x[places], rows)
+        return jax.tree.map(lambda x: x[:count], spread(shared, rows))
+
+    return run
