@@ -40,7 +40,7 @@ def sort_clients(U: Array) -> Array:
     References:
         Batcher, "Sorting networks and their applications", AFIPS 1968.
     """
-    return _map_columns(lambda block, _: (_sort_rows(block), ()), U)[0]
+    return map_columns(lambda block, _: (_sort_rows(block), ()), U)[0]
 
 
 @jax.jit
@@ -98,7 +98,7 @@ def mean_of_ranks(
         supplied = jnp.where(mask[:, None] & fresh[None], supplied, 0.0)
         return mean, supplied.sum(axis=1)
 
-    means, supplied = _map_columns(one_block, U)
+    means, supplied = map_columns(one_block, U)
     total = jnp.maximum(num_columns, 1) * num_kept
     return means, jnp.where(kept.any(), supplied / total, 0.0)
 
@@ -171,7 +171,7 @@ def mean_near(
         mean = jnp.where(kept, block, 0.0).sum(axis=0) / num_kept
         return mean, jnp.where(kept & fresh[None], 1.0, 0.0).sum(axis=1)
 
-    means, supplied = _map_columns(one_block, U, centre)
+    means, supplied = map_columns(one_block, U, centre)
     return means, supplied / jnp.maximum(num_columns * count, 1)
 
 
@@ -256,18 +256,23 @@ def _compare(x: Array, half: int, flip: bool) -> Array:
     return jnp.stack([low, high[:, ::-1] if flip else high], axis=1).reshape(x.shape)
 
 
-def _map_columns(
-    f: Callable[..., tuple[Array, PyTree]], U: Array, *rows: Array
-) -> tuple[Array, PyTree]:
+def map_columns(
+    f: Callable[..., tuple[PyTree, PyTree]],
+    U: Array,
+    *rows: Array,
+    block: int = _CPU_BLOCK,
+) -> tuple[PyTree, PyTree]:
     """``f`` over blocks of columns that fit a cache; over all of them off the CPU.
 
     ``f(block [n, b], fresh bool[b], *the same columns of rows)`` returns values with a
     last axis ``b``, which are joined, and values that are summed over blocks. The last
     block overlaps the one before it rather than being padded; ``fresh`` is False on the
-    columns seen before. ``rows`` are further arrays ``[..., d]``.
+    columns seen before. ``rows`` are further arrays ``[..., d]``. A block of columns of
+    a CPU has ``block`` of them.
     """
     num_columns = U.shape[1]
-    block = _CPU_BLOCK if jax.default_backend() == "cpu" else num_columns
+    if jax.default_backend() != "cpu":
+        block = num_columns
     if num_columns <= block:
         return f(U, jnp.ones(num_columns, bool), *rows)
     num_blocks = -(-num_columns // block)
@@ -280,8 +285,10 @@ def _map_columns(
         )
         return f(columns, start + jnp.arange(block) >= i * block, *others)
 
+    def join(blocks: Array) -> Array:
+        blocks = jnp.moveaxis(blocks, 0, -2)
+        head = blocks[..., :-1, :].reshape(*blocks.shape[:-2], -1)
+        return jnp.concatenate([head, blocks[..., -1, overlap:]], axis=-1)
+
     joined, summed = jax.lax.map(one_block, jnp.arange(num_blocks))
-    joined = jnp.moveaxis(joined, 0, -2)
-    head = joined[..., :-1, :].reshape(*joined.shape[:-2], -1)
-    joined = jnp.concatenate([head, joined[..., -1, overlap:]], axis=-1)
-    return joined, jax.tree.map(lambda x: x.sum(axis=0), summed)
+    return jax.tree.map(join, joined), jax.tree.map(lambda x: x.sum(axis=0), summed)

@@ -64,13 +64,14 @@ def finite_rows(matrix: Array) -> Array:
 
 
 def participants(
-    updates: PyTree, context: RoundContext
+    updates: PyTree, context: RoundContext, zero: bool = True
 ) -> tuple[Array, Array, Callable[[Array], PyTree]]:
     """The one entry of every rule: ``(U [k, d], mask [k], unravel)``.
 
     Rows that hold a non-finite value, or whose squared norm is not finite, are taken
     out of ``context.mask``; every row that takes no part is set to zero, so that no NaN
-    can leak through ``0 * NaN``.
+    can leak through ``0 * NaN``. Setting them to zero copies the whole matrix: with
+    ``zero=False`` a rule leaves them as they came, and passes ``mask`` wherever U goes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,7 +83,9 @@ def participants(
     mask = finite_rows(matrix)
     if context.mask is not None:
         mask &= context.mask
-    return jnp.where(mask[:, None], matrix, 0.0), mask, unravel
+    if zero:
+        matrix = jnp.where(mask[:, None], matrix, 0.0)
+    return matrix, mask, unravel
 
 
 def safe_norms(x: Array) -> Array:

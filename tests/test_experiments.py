@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -231,9 +232,10 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(finished, tmp_path, numb
     arguments[arguments.index("--rounds") + 1] = "400"
     arguments[arguments.index("--segment") + 1] = "1"
     command = [sys.executable, "-u", "-m", "experiments.fltrust_mnist", *arguments]
-    # What is killed may leave half a program there.
+    # What is killed may leave half a program there. Bit for bit on as many devices.
     environment = {
         **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(jax.local_device_count()),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
     }
     with subprocess.Popen(

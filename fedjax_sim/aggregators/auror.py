@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fedjax_sim.aggregators.common import normalize, weighted_sum
 from fedjax_sim.clustering import split_sorted, two_means
 from fedjax_sim.distances import pairwise_sq_distances
-from fedjax_sim.order import _map_columns, _sort_rows
+from fedjax_sim.order import _sort_rows, map_columns
 from fedjax_sim.pytrees import participants, ravel
 from fedjax_sim.registry import check_count, check_number, lookup
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
@@ -139,7 +139,7 @@ def column_gaps(U: Array, mask: Array) -> Array:
         ordered = _sort_rows(jnp.where(mask[:, None], block, jnp.inf))
         return split_sorted(ordered, mask.sum())[0], ()
 
-    return _map_columns(one_block, U)[0]
+    return map_columns(one_block, U)[0]
 
 
 def minority_share(U: Array, mask: Array, counted: Array) -> Array:
@@ -158,5 +158,5 @@ def minority_share(U: Array, mask: Array, counted: Array) -> Array:
         smaller = mask[:, None] & (low == low_is_smaller[None])
         return gap, ((smaller & (fresh & counted)[None]).sum(axis=1),)
 
-    (votes,) = _map_columns(one_block, U, counted)[1]
+    (votes,) = map_columns(one_block, U, counted)[1]
     return votes / jnp.maximum(counted.sum(), 1)

@@ -64,7 +64,7 @@ def bulyan(max_byzantine: int) -> Aggregator:
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)
         # 0 selects nobody, so that everything below comes out zero.

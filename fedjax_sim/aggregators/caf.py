@@ -147,7 +147,7 @@ def caf(max_byzantine: int) -> Aggregator:
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)
         distances = pairwise_sq_distances(U, mask)
@@ -158,6 +158,6 @@ def caf(max_byzantine: int) -> Aggregator:
             flagged=kept == 0,
             scores=jnp.where(mask, 1.0 - kept, jnp.inf),
         )
-        return unravel(weighted_sum(weights, U)), state, info
+        return unravel(weighted_sum(weights, U, mask)), state, info
 
     return Aggregator(stateless, apply, validate, name="caf")

@@ -63,9 +63,23 @@ def normalize(weights: Array, floor: float = 0.0) -> Array:
     return jnp.where(total > floor, weights / jnp.where(total > floor, total, 1.0), 0.0)
 
 
-def weighted_sum(weights: Array, U: Array) -> Array:
-    """``sum_i weights_i u_i`` of finite rows, in full float32 on every device."""
-    return jnp.matmul(weights, U, precision=jax.lax.Precision.HIGHEST)
+def weighted_sum(weights: Array, U: Array, mask: Array | None = None) -> Array:
+    """``sum_i weights_i u_i``, in full float32 on every device.
+
+    All rows must be finite; or, with ``mask``, those in it, and the others weigh 0.
+    """
+
+    def product(U: Array) -> Array:
+        return jnp.matmul(weights, U, precision=jax.lax.Precision.HIGHEST)
+
+    def without_the_others(U: Array) -> Array:
+        assert mask is not None
+        return product(jnp.where(mask[:, None], U, 0.0))
+
+    if mask is None:
+        return product(U)
+    # A copy of U takes far longer than the product itself.
+    return jax.lax.cond(mask.all(), product, without_the_others, U)
 
 
 def client_shares(mask: Array, context: RoundContext, by_data: bool) -> Array:

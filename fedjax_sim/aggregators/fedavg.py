@@ -60,10 +60,10 @@ def fedavg(weighting: str = "data", denominator: str = "cohort") -> Aggregator:
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         weights = client_shares(mask, context, by_data)
-        aggregate = weighted_sum(weights, U)
+        aggregate = weighted_sum(weights, U, mask)
         if over_all:
             aggregate = aggregate * (mask.sum() / state)
         scores = jnp.where(mask, 0.0, jnp.inf)

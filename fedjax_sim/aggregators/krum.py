@@ -100,7 +100,7 @@ def krum(
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)
         distances = pairwise_sq_distances(U, mask)
@@ -182,7 +182,7 @@ def multi_krum(
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)
         distances = pairwise_sq_distances(U, mask)
@@ -200,7 +200,7 @@ def multi_krum(
             weights = jnp.where(keep, sizes, 0.0)
         weights = normalize(weights)
         info = AggregatorInfo(weights, ~keep, scores)
-        return unravel(weighted_sum(weights, U)), state, info
+        return unravel(weighted_sum(weights, U, mask)), state, info
 
     needs = frozenset({"num_samples"}) if weighted else frozenset()
     return Aggregator(stateless, apply, validate, needs, "multi_krum")

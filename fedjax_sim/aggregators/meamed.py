@@ -117,7 +117,7 @@ def _mean_around(
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)
         aggregate, weights = mean_near(U, mask, centre(U, mask, f), num_rows - f)

@@ -52,7 +52,7 @@ def median(even: str = "midpoint") -> Aggregator:
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         first, last = median_ranks(mask.sum(), even)
         aggregate, weights = mean_of_ranks(U, mask, first, last)

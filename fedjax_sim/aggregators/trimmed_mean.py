@@ -75,7 +75,7 @@ def trimmed_mean(
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        U, mask, unravel = participants(updates, context)
+        U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, b = assumed_counts(mask, cut(len(U)))
         aggregate, weights = mean_of_ranks(U, mask, b, num_rows - 1 - b)
