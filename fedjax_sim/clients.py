@@ -1,5 +1,6 @@
 """Local training, written for one client."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -10,10 +11,18 @@ import numpy as np
 import optax
 
 from fedjax_sim.models import Model
-from fedjax_sim.registry import check_count
+from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import Array, ClientData, ClientInfo, ClientUpdate, Params, PyTree
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Array], Any]
+
+
+# JAX's names for how a GPU multiplies float32 matrices.
+_PRECISION = {
+    "float32": "highest",
+    "tf32": "TF32_TF32_F32",
+    "bf16": "BF16_BF16_F32",
+}
 
 
 def local_sgd(
@@ -22,6 +31,7 @@ def local_sgd(
     epochs: int | None = None,
     steps: int | None = None,
     batch_size: int,
+    precision: str = "float32",
 ) -> ClientUpdate:
     """Minibatch training from the server's parameters, on the client's own samples.
 
@@ -37,9 +47,13 @@ def local_sgd(
         epochs: passes over the client's data. Give this or ``steps``.
         steps: exact number of local steps, whatever the client's size.
         batch_size: samples per step, at most the smallest client's number of samples.
+        precision: of the matrix products of training, on a GPU: ``"float32"``,
+            ``"tf32"`` (inputs rounded to 10 bits) or ``"bf16"`` (to 7); sums are
+            float32. Whether accuracy bears it is to be tried. CPUs have float32 only.
 
     Raises:
-        ValueError: not exactly one of ``epochs`` and ``steps``, or one below 1.
+        ValueError: not exactly one of ``epochs`` and ``steps``, or one below 1; an
+            unknown precision, or, while tracing, one that the device does not have.
 
     Example:
         >>> update = local_sgd(optax.sgd(0.01), epochs=5, batch_size=10)
@@ -60,6 +74,7 @@ def local_sgd(
         if value is not None:
             check_count(f"local_sgd's {name}", value, 1)
     _check_optimizer(optimizer)
+    algorithm = lookup("precision", precision, _PRECISION)
 
     def num_steps(sizes: np.ndarray) -> np.ndarray:
         sizes = np.asarray(sizes)
@@ -115,7 +130,8 @@ def local_sgd(
                 start = b * batch_size
                 rows = jax.lax.dynamic_slice(order, (start,), (batch_size,))
                 valid = None if whole else start + jnp.arange(batch_size) < size
-                loss, grads = jax.value_and_grad(loss_of)(params, rows, valid)
+                with _products_in(algorithm):
+                    loss, grads = jax.value_and_grad(loss_of)(params, rows, valid)
                 updates, opt_state = transform.update(grads, opt_state, params)
                 params = optax.apply_updates(params, updates)
                 return params, opt_state, total_loss + loss
@@ -134,9 +150,23 @@ def local_sgd(
         init=lambda params: (),
         apply=apply,
         num_steps=num_steps,
-        with_steps=lambda n: local_sgd(optimizer, steps=n, batch_size=batch_size),
+        with_steps=lambda n: local_sgd(
+            optimizer, steps=n, batch_size=batch_size, precision=precision
+        ),
         validate=validate,
     )
+
+
+def _products_in(algorithm: str) -> contextlib.AbstractContextManager:
+    """Matrix products traced in this context are computed by ``algorithm``."""
+    if jax.default_backend() != "cpu":
+        return jax.default_matmul_precision(algorithm)
+    if algorithm != _PRECISION["float32"]:
+        raise ValueError(
+            f"local_sgd's precision {algorithm} is for GPUs, but JAX runs on the CPU, "
+            'which multiplies float32 only. Pass precision="float32".'
+        )
+    return contextlib.nullcontext()
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

@@ -58,9 +58,13 @@ def ravel(tree: PyTree) -> Array:
     )
 
 
-def finite_rows(matrix: Array) -> Array:
+def finite_rows(updates: PyTree) -> Array:
     """``bool [k]``: rows whose values and squared norm are all finite in float32."""
-    return jnp.isfinite(jnp.sum(matrix * matrix, axis=1))
+    squares = [
+        jnp.square(leaf.astype(jnp.float32)).sum(axis=tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(updates)
+    ]
+    return jnp.isfinite(sum(squares))
 
 
 def participants(
@@ -86,6 +90,41 @@ def participants(
     if zero:
         matrix = jnp.where(mask[:, None], matrix, 0.0)
     return matrix, mask, unravel
+
+
+def reduce_clients(
+    combine: Callable[[Array, Array], Array],
+    start: float,
+    f: Callable[..., Array],
+    *stacked: Array,
+) -> Array:
+    """Sum, minimum or maximum of ``f(row, ...)`` over the client axis.
+
+    XLA reduces a leading axis column by column on CPU, at a fiftieth of the speed of
+    this loop, which adds one whole row after the other to a vector in cache.
+
+    Args:
+        combine: ``jax.lax.add``, ``min`` or ``max``.
+        start: its neutral element.
+        f: from one row of every array to a row.
+        *stacked: arrays ``[k, ...]``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> U = jnp.array([[1.0, -5.0], [2.0, 3.0]])
+        >>> reduce_clients(jax.lax.max, -jnp.inf, jnp.abs, U).tolist()
+        [2.0, 5.0]
+    """
+    rows = len(stacked[0])
+    of_one = jax.eval_shape(f, *(x[0] for x in stacked))
+    if jax.default_backend() != "cpu" or rows > of_one.size:
+        first = jnp.asarray(start, of_one.dtype)
+        return jax.lax.reduce(jax.vmap(f)(*stacked), first, combine, (0,))
+
+    def add(i: Array, found: Array) -> Array:
+        return combine(found, f(*(x[i] for x in stacked)))
+
+    return jax.lax.fori_loop(0, rows, add, jnp.full_like(of_one, start))
 
 
 def safe_norms(x: Array) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedjax_sim.evaluation import Scores, evaluate_systems
 from fedjax_sim.metrics import detection
-from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
+from fedjax_sim.pytrees import finite_rows, ravel
 from fedjax_sim.state import AGGREGATE, ATTACK, Arrays, History, RoundState, stream
 from fedjax_sim.training import Trained, train_cohorts, train_roots
 from fedjax_sim.types import (
@@ -36,7 +36,7 @@ def apply_rule(
 
     Returns the aggregate, the rule's state, its info, and ``finite bool [k]``.
     """
-    finite = finite_rows(ravel_clients(updates)[0])
+    finite = finite_rows(updates)
 
     def clean(x: Array) -> Array:
         keep = finite.reshape(-1, *[1] * (x.ndim - 1))

@@ -284,7 +284,8 @@ class Comparison:
             )
 
     @functools.cached_property
-    def _arrays(self) -> Arrays:
+    def arrays(self) -> Arrays:
+        """The data, on every device of the run."""
         first = next(iter(self.systems.values()))
         roots = [
             s.root
@@ -363,7 +364,7 @@ class Comparison:
         """The program of ``run``, lowered: ``.compile()`` it, or read its text."""
         zero = jnp.zeros((), jnp.int32)
         return self._scan.lower(
-            self._placed(states), self._arrays, zero, zero, num_rounds, eval_every
+            self.placed(states), self.arrays, zero, zero, num_rounds, eval_every
         )
 
     def shapes(
@@ -374,7 +375,7 @@ class Comparison:
         scan = functools.partial(
             self._scan, num_rounds=num_rounds, eval_every=eval_every
         )
-        return jax.eval_shape(scan, states, self._arrays, zero, zero)
+        return jax.eval_shape(scan, states, self.arrays, zero, zero)
 
     def step(
         self, states: dict[str, RoundState]
@@ -419,8 +420,8 @@ class Comparison:
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last
         states, histories = self._scan(
-            self._placed(states),
-            self._arrays,
+            self.placed(states),
+            self.arrays,
             jnp.int32(start),
             jnp.int32(last),
             num_rounds,
@@ -433,7 +434,7 @@ class Comparison:
             {name: histories[name] for name in self.systems},
         )
 
-    def _placed(self, states: Mapping[str, RoundState]) -> dict[str, RoundState]:
+    def placed(self, states: Mapping[str, RoundState]) -> dict[str, RoundState]:
         """The states where the program of ``run`` wants them."""
         first = next(iter(self.systems.values()))
         return replicate(dict(states), first.num_devices)

@@ -1,10 +1,11 @@
 """Robust learning rate: the server turns back where clients disagree."""
 
+import jax
 import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import client_shares, stateless, weighted_sum
 from fedjax_sim.order import mean_of_ranks, median_ranks
-from fedjax_sim.pytrees import participants
+from fedjax_sim.pytrees import participants, reduce_clients
 from fedjax_sim.registry import check_count, lookup
 from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
@@ -83,7 +84,7 @@ def robust_learning_rate(threshold: int = 4, base: str = "mean") -> Aggregator:
             aggregate = weighted_sum(weights, U)
             suspicion = jnp.zeros(len(U))
         # Rows that take no part are zero, and so is their sign.
-        agreement = jnp.abs(jnp.sign(U).sum(axis=0))
+        agreement = jnp.abs(reduce_clients(jax.lax.add, 0.0, jnp.sign, U))
         aggregate = jnp.where(agreement >= threshold, aggregate, -aggregate)
         scores = jnp.where(mask, suspicion, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)

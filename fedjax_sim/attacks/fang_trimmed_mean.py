@@ -1,11 +1,12 @@
 """The attack of Fang et al. on the trimmed mean and the median."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
     KNOWLEDGE,
-    along,
     known_rows,
     mean_over,
     remembered,
@@ -16,7 +17,7 @@ from fedjax_sim.attacks.rows import (
     unconditional,
     widen,
 )
-from fedjax_sim.pytrees import ravel_clients
+from fedjax_sim.pytrees import ravel_clients, reduce_clients
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -50,9 +51,14 @@ def beyond_extremes(
         >>> beyond_extremes(u, jnp.ones(2, bool), sign, jnp.full((1, 2), 0.5), 2.0)
         Array([[ 0.75, -0.75]], dtype=float32)
     """
-    chosen = along(known, u)
-    low = jnp.min(jnp.where(chosen, u, jnp.inf), axis=0, keepdims=True)
-    high = jnp.max(jnp.where(chosen, u, -jnp.inf), axis=0, keepdims=True)
+
+    def extreme(combine: Callable[[Array, Array], Array], none: float) -> Array:
+        """The smallest or largest known value, ``none`` where nobody is known."""
+        return reduce_clients(
+            combine, none, lambda who, row: jnp.where(who, row, none), known, u
+        )[None]
+
+    low, high = extreme(jax.lax.min, jnp.inf), extreme(jax.lax.max, -jnp.inf)
     # Where nobody is known the caller sends something else; no NaN on the way.
     low, high = (jnp.where(jnp.any(known), x, 0.0) for x in (low, high))
     below = jnp.where(low > 0.0, low / b, b * low)

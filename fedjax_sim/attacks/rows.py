@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.pytrees import safe_norms
+from fedjax_sim.pytrees import finite_rows, reduce_clients, safe_norms
 from fedjax_sim.types import Array, Params, PyTree, RoundContext
 
 KNOWLEDGE = {"colluding": "the attackers' own rows", "omniscient": "the honest rows"}
@@ -54,16 +54,8 @@ def along(rows: Array, leaf: Array) -> Array:
 
 
 def taking_part(updates: PyTree, context: RoundContext) -> Array:
-    """``bool [k]``: rows in ``context.mask`` whose squared norm is finite.
-
-    The same rows that ``pytrees.participants`` leaves to an aggregator, without
-    raveling.
-    """
-    squares = [
-        jnp.sum(jnp.square(widen(leaf)), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(updates)
-    ]
-    finite = jnp.isfinite(sum(squares))
+    """``bool [k]``: the rows that ``pytrees.participants`` leaves to an aggregator."""
+    finite = finite_rows(updates)
     return finite if context.mask is None else finite & context.mask
 
 
@@ -83,8 +75,10 @@ def sending(present: Array, byzantine: Array, context: RoundContext) -> Array:
 
 def mean_over(rows: Array, x: Array) -> Array:
     """Mean of the chosen rows, ``[1, ...]``; 0 where no row is chosen."""
-    total = jnp.sum(jnp.where(along(rows, x), x, 0.0), axis=0, keepdims=True)
-    return total / jnp.maximum(jnp.sum(rows), 1)
+    total = reduce_clients(
+        jax.lax.add, 0.0, lambda chosen, row: jnp.where(chosen, row, 0.0), rows, x
+    )
+    return total[None] / jnp.maximum(jnp.sum(rows), 1)
 
 
 def std_over(rows: Array, x: Array, mean: Array, ddof: int = 0) -> Array:
@@ -93,11 +87,17 @@ def std_over(rows: Array, x: Array, mean: Array, ddof: int = 0) -> Array:
     Deviations are divided by the largest of their coordinate before they are squared,
     because a square leaves the range of float32 from 2e19 up and from 1e-19 down.
     """
-    deviation = jnp.where(along(rows, x), x - mean, 0.0)
-    largest = jnp.max(jnp.abs(deviation), axis=0, keepdims=True)
+
+    def size(chosen: Array, row: Array) -> Array:
+        return jnp.where(chosen, jnp.abs(row - mean[0]), 0.0)
+
+    largest = reduce_clients(jax.lax.max, 0.0, size, rows, x)
     scale = jnp.where(largest > 0.0, largest, 1.0)
-    total = jnp.sum(jnp.square(deviation / scale), axis=0, keepdims=True)
-    return scale * jnp.sqrt(total / jnp.maximum(jnp.sum(rows) - ddof, 1))
+    total = reduce_clients(
+        jax.lax.add, 0.0, lambda *of: jnp.square(size(*of) / scale), rows, x
+    )
+    std = scale * jnp.sqrt(total / jnp.maximum(jnp.sum(rows) - ddof, 1))
+    return std[None]
 
 
 def replace_rows(
