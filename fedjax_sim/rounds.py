@@ -4,6 +4,7 @@ The clients of all systems are trained together (``training``); attack, aggregat
 server step then follow system by system.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from fedjax_sim.evaluation import Scores, evaluate_systems
 from fedjax_sim.metrics import detection
 from fedjax_sim.pytrees import finite_rows, ravel
+from fedjax_sim.sharding import share_out
 from fedjax_sim.state import AGGREGATE, ATTACK, Arrays, History, RoundState, stream
 from fedjax_sim.training import Trained, train_cohorts, train_roots
 from fedjax_sim.types import (
@@ -141,11 +143,13 @@ def play_round(
     """One round of every system, evaluated where ``evaluate_now`` (``bool []``)."""
     trained = train_cohorts(sims, states, arrays)
     roots = train_roots(sims, states, arrays)
-    new_states, histories = {}, {}
-    for name, sim in sims.items():
-        new_states[name], histories[name] = finish_round(
-            sim, states[name], arrays.clients, trained[name], roots.get(name)
-        )
+    finished = share_out(
+        {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
+        {n: (states[n], arrays.clients, trained[n], roots.get(n)) for n in sims},
+        next(iter(sims.values())).num_devices,
+    )
+    new_states = {name: state for name, (state, _) in finished.items()}
+    histories = {name: history for name, (_, history) in finished.items()}
     if arrays.test is not None:
 
         def measure(params: Mapping[str, Params]) -> Any:

@@ -5,7 +5,7 @@ sharing each of them, and nearly twice the speed by training a client each.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -113,3 +113,65 @@ def over_devices(
         return jax.tree.map(lambda x: x[:count], spread(shared, rows))
 
     return run
+
+
+def share_out(
+    calls: Mapping[str, Callable[..., PyTree]],
+    args: Mapping[str, tuple],
+    num_devices: int,
+) -> dict[str, PyTree]:
+    """``{name: calls[name](*args[name])}``, each computed by one device in its turn.
+
+    Without this every device would compute all of them. Every device ends with all
+    results.
+    """
+    if num_devices == 1:
+        return {name: call(*args[name]) for name, call in calls.items()}
+    turns = {name: turn % num_devices for turn, name in enumerate(calls)}
+
+    def part(args: Mapping[str, tuple]) -> dict[str, PyTree]:
+        here = jax.lax.axis_index(AXIS)
+        found = {}
+        for name, call in calls.items():
+
+            def compute(own: tuple, call: Callable[..., PyTree] = call) -> PyTree:
+                return jax.tree.map(_raw, call(*own))
+
+            shapes = jax.eval_shape(compute, args[name])
+            found[name] = jax.lax.cond(
+                here == turns[name],
+                compute,
+                lambda own, shapes=shapes: jax.tree.map(jnp.zeros_like, shapes),
+                args[name],
+            )
+        # Only now, so that no device waits for another before its own turns are over.
+        return {
+            name: jax.tree.map(
+                lambda x, turn=turns[name]: jax.lax.all_gather(x, AXIS)[turn], results
+            )
+            for name, results in found.items()
+        }
+
+    shapes = {name: jax.eval_shape(call, *args[name]) for name, call in calls.items()}
+    everywhere = PartitionSpec()
+    found = jax.shard_map(
+        part,
+        mesh=device_mesh(num_devices),
+        in_specs=everywhere,
+        out_specs=everywhere,
+        check_vma=False,
+    )(args)
+    return jax.tree.map(
+        lambda x, shape: jax.random.wrap_key_data(x) if _is_key(shape) else x,
+        found,
+        shapes,
+    )
+
+
+def _is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def _raw(x: jax.Array) -> jax.Array:
+    """The bits of a PRNG key, which no collective takes; other arrays as they are."""
+    return jax.random.key_data(x) if _is_key(x) else x
