@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format notebook lock clean
+.PHONY: help install demo test lint format notebook bench bench-peers lock clean
 
 help:
 	@echo "make demo      compare four systems on real handwritten digits (about a minute)"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make format    let ruff format and fix the code"
 	@echo "make notebook  execute notebooks/quickstart.ipynb"
+	@echo "make bench     time it beside its peers        ARGS='--only training' for a part"
+	@echo "make bench-peers  first, once: PyTorch, ByzFL and Flower, each set up apart (9 GB)"
 	@echo "make install   only set up $(VENV)"
 	@echo "make lock      pin the dependencies anew       ARGS=--upgrade for newest versions"
 	@echo "make clean     remove $(VENV) and all caches (results in runs/ stay)"
@@ -80,6 +82,19 @@ demo: install
 notebook: install
 	$(BIN)/jupyter-execute $(ARGS) notebooks/quickstart.ipynb
 
+bench: install
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Each peer in an environment of its own: what they need does not go together.
+bench-peers: .venv-byzfl/stamp .venv-flower/stamp
+
+.venv-%/stamp: benchmarks/requirements-%.txt
+	@export PYTHON_CHOICE="$(PYTHON)"; $(FIND_PYTHON); \
+	echo "Setting up .venv-$*: some minutes and gigabytes, once."; \
+	rm -rf .venv-$* && "$$python" -m venv .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
 # --- development -----------------------------------------------------------------------
 
 test: install
@@ -108,5 +123,5 @@ lock: .venv-lock/bin/uv
 	$(COMPILE) --extra dev --extra notebooks --output-file requirements.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) .venv-lock .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-lock .venv-byzfl .venv-flower .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,8 +22,8 @@ TRAINING: dict[str, dict[str, Any]] = {
     "digits_cnn": {"shape": (8, 8, 1), "clients": 100, "samples": 100},
 }
 # Forward and backward of one sample, in 1e6 floating point operations: a convolution of
-# k^2 taps 2 k^2 Ci Co H W, a dense layer 2 in out; three times (two for the first layer,
-# whose input needs no gradient).
+# k^2 taps takes 2 k^2 Ci Co H W, a dense layer 2 in out; three times (two for the first
+# layer, whose input needs no gradient).
 MFLOP = {
     "cnn": (
         2 * (2 * 9 * 1 * 30 * 26 * 26)
@@ -41,18 +41,46 @@ MFLOP = {
 
 # Aggregation: n rows of d numbers, f of them assumed to be Byzantine.
 ROWS, COLUMNS, ASSUMED = 100, 1_600_000, 20
+LARGE = [
+    "fedavg",
+    "median",
+    "trimmed_mean",
+    "meamed",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+    "centered_clipping",
+    "monna",
+    "caf",
+    "nnm",
+    "bucketing",
+    "clipping",
+    "arc",
+]
+# Rules that try every subset of the clients.
+FEW_ROWS, FEW_ASSUMED = 10, 2
+FEW = ["mda", "smea"]
 
 # The matrix: rules and attacks that ByzFL and this library both have. Everybody trains
 # one step of ten samples a round. ByzFL's attacks act on gradients, ours on updates,
-# which are gradients times -LEARNING_RATE: ALIE's direction and the noise's size follow.
-# ByzFL's SignFlipping sends minus the honest mean, which is IPM of strength 1 here.
+# which are gradients times minus the rate: ALIE's direction and the size of the noise
+# follow. ByzFL's SignFlipping sends minus the honest mean: IPM of strength 1 here.
 MATRIX: dict[str, Any] = {
     "clients": 100,
     "byzantine": 20,
     "learning_rate": 0.1,
-    "rules": ["fedavg", "median", "trimmed_mean", "geometric_median", "krum"]
-    + ["multi_krum", "meamed"],
+    "rules": [
+        "fedavg",
+        "median",
+        "trimmed_mean",
+        "geometric_median",
+        "krum",
+        "multi_krum",
+        "meamed",
+    ],
     "attacks": ["sign_flip", "ipm", "alie", "gaussian"],
+    "model": "cnn",
+    "rounds": 30,
 }
 IPM, ALIE, NOISE = 2.0, 1.5, 1.0
 

@@ -262,8 +262,12 @@ def segments(
         segment: rounds between checkpoints.
         directory: of a checkpoint after every segment; None to write none.
         on_compile: called with a segment's length before it is compiled.
+
+    Yields:
+        What is played so far; its states are gone once the next one is asked for.
     """
     states, history, seconds = played
+    own = False  # the states given are the caller's, later ones are not
     compiled: set[int] = set()
     while played.round < last:
         length = min(segment, last - played.round)
@@ -274,11 +278,12 @@ def segments(
             )[0]
             compiled.add(length)
         took, (states, new) = _timed(
-            lambda n=length, s=states: comparison.run(
-                num_rounds=n, eval_every=eval_every, states=s, last=last
+            lambda n=length, s=states, own=own: comparison.run(
+                num_rounds=n, eval_every=eval_every, states=s, last=last, donate=own
             )
         )
         seconds[1] += took
+        own = True
         if history:
             new = {n: _append(history[n], new[n]) for n in new}
         history = new

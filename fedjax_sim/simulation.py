@@ -343,7 +343,11 @@ class Comparison:
             seeds = next(iter(states.values())).key.ndim
             return (jax.vmap(one) if seeds else one)(states)
 
-        return jax.jit(scan, static_argnames=("num_rounds", "eval_every"))
+        return jax.jit(
+            scan,
+            static_argnames=("num_rounds", "eval_every"),
+            donate_argnames="states",
+        )
 
     def init(self, key: Array) -> dict[str, RoundState]:
         """Every system's state before round 0, from the same key (``[s]``: s seeds)."""
@@ -393,6 +397,7 @@ class Comparison:
         eval_every: int = 1,
         states: Mapping[str, RoundState] | None = None,
         last: int | None = None,
+        donate: bool = False,
     ) -> tuple[dict[str, RoundState], dict[str, History]]:
         """Runs every system for ``num_rounds`` rounds in one compiled scan.
 
@@ -404,6 +409,9 @@ class Comparison:
             states: go on from here instead of starting anew. Give this or ``key``.
             last: the run's last round where this call is only a segment of it; by
                 default this call's last.
+            donate: let the run overwrite the arrays of ``states``, which are gone
+                afterwards; otherwise it works on a copy of them. Where the state is
+                large (a rule that remembers every client), this spares its memory.
 
         Returns:
             States, and histories of NumPy arrays with a leading round axis (after the
@@ -416,6 +424,8 @@ class Comparison:
         if states is None:
             assert key is not None
             states = self.init(key)
+        elif not donate:
+            states = jax.tree.map(jnp.copy, dict(states))
         self._check_states(states)
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last

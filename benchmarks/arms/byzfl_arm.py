@@ -1,5 +1,6 @@
-"""ByzFL: its aggregators on a matrix, and its own training loop over rules x attacks."""
+"""ByzFL: its aggregators on a matrix, and its training loop over rules x attacks."""
 
+import functools
 import gzip
 import statistics
 import sys
@@ -16,12 +17,12 @@ import byzfl
 import workloads
 from byzfl.aggregators import aggregators, preaggregators
 from byzfl.fed_framework import models
-from torch_arm import CNN
+from torch_arm import build
 from workloads import ALIE, BATCH, IPM, MATRIX, NOISE
 
-# The model's name is how ByzFL's users bring their own: a class in this module. Its loss
-# is given by name too.
-models.fltrust_cnn = CNN
+# ByzFL finds a model by name in this module.
+models.cnn = functools.partial(build, "cnn")
+models.mlp = functools.partial(build, "mlp")
 
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg": ("Average", {}),
@@ -107,6 +108,7 @@ def mnist(folder: Path) -> tuple[torch.utils.data.TensorDataset, ...]:
 
 
 def matrix(
+    model: str,
     folder: str,
     rules: list[str],
     attacks: list[str],
@@ -120,13 +122,12 @@ def matrix(
     """
     torch.set_num_threads(threads)
     train_set, test_set = mnist(Path(folder))
-    honest = MATRIX["clients"] - MATRIX["byzantine"]
     cells = {}
     start = time.perf_counter()
     for attack in attacks:
         for rule in rules:
             began = time.perf_counter()
-            accuracy = play(train_set, test_set, rule, attack, rounds, honest, seed)
+            accuracy = play(model, (train_set, test_set), rule, attack, rounds, seed)
             seconds = time.perf_counter() - began
             cells[f"{rule}/{attack}"] = {"accuracy": accuracy, "seconds": seconds}
             print(rule, attack, accuracy, seconds, file=sys.stderr, flush=True)
@@ -134,22 +135,19 @@ def matrix(
 
 
 def play(
-    train_set: Any,
-    test_set: Any,
-    rule: str,
-    attack: str,
-    rounds: int,
-    honest: int,
-    seed: int,
+    model: str, sets: tuple, rule: str, attack: str, rounds: int, seed: int
 ) -> float:
+    """The test accuracy of one cell."""
+    train_set, test_set = sets
+    honest = MATRIX["clients"] - MATRIX["byzantine"]
     byzfl.utils.misc.set_random_seed(seed)
     loader = torch.utils.data.DataLoader
     order = torch.randperm(len(train_set)).tensor_split(MATRIX["clients"])
-    sets = [
+    own_sets = [
         torch.utils.data.Subset(train_set, part.tolist()) for part in order[:honest]
     ]
     common = {
-        "model_name": "fltrust_cnn",
+        "model_name": model,
         "device": "cpu",
         "optimizer_name": "SGD",
         "learning_rate": MATRIX["learning_rate"],
@@ -169,7 +167,7 @@ def play(
                 "store_per_client_metrics": False,
             }
         )
-        for own in sets
+        for own in own_sets
     ]
     name, options = RULES[rule]
     server = byzfl.Server(

@@ -1,0 +1,70 @@
+"""Clients spread over devices: the same numbers, whatever the number of devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedjax_sim as fs
+from fedjax_sim import sharding
+
+# Needs two devices, which JAX must be told before it starts: a process of its own.
+SCRIPT = Path(__file__).with_name("two_devices.py")
+
+
+@pytest.mark.slow
+def test_two_devices_give_what_one_gives():
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        cwd=SCRIPT.parents[1],
+        env=environment | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "same on one and two devices: 5"
+
+
+def test_use_cores_refuses_what_comes_too_late():
+    there = len(jax.devices("cpu"))
+    assert fs.use_cores(there) == there
+    with pytest.raises(RuntimeError, match=f"too late: JAX has started with {there} "):
+        fs.use_cores(there + 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        fs.use_cores(0)
+
+
+def test_use_cores_before_jax_starts():
+    code = (
+        "import fedjax_sim as fs, jax; n = fs.use_cores(3); "
+        "print(n, len(jax.devices('cpu')), fs.use_cores())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["3", "3", "3"], done.stderr
+
+
+def test_one_device_adds_nothing():
+    f = lambda shared, rows: shared * rows  # noqa: E731
+    assert sharding.over_devices(f, 1) is f
+    tree = {"a": jnp.ones(3)}
+    assert sharding.replicate(tree, 1) is tree
+    calls = {"a": lambda x: x + 1, "b": lambda x: x + 2}
+    found = sharding.share_out(calls, {"a": (1,), "b": (1,)}, 1)
+    assert found == {"a": 2, "b": 3}
+
+
+def test_usable_cores_counts_at_least_this_one():
+    assert 1 <= sharding.usable_cores() <= (os.cpu_count() or 1)
+    assert isinstance(np.int64(sharding.usable_cores()), np.int64)

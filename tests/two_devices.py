@@ -1,0 +1,94 @@
+"""Runs simulations on one and on two devices and compares them; see test_sharding."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+import fedjax_sim as fs
+from fedjax_sim import checkpoint
+
+
+def compared(found, wanted):
+    """Every array of two histories or states, up to the rounding of a matrix product."""
+    found, wanted = (
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda x: (
+                    jax.random.key_data(x)
+                    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+                    else x
+                ),
+                tree,
+            )
+        )
+        for tree in (found, wanted)
+    )
+    assert len(found) == len(wanted) > 0
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def main():
+    assert len(jax.devices()) == 2, jax.devices()
+    data = fs.data.load("digits")
+    # 21 clients and 355 test samples in one batch: nothing divides by two.
+    clients, root = fs.data.federate(
+        data, num_clients=21, partition=fs.data.dirichlet(1.0, min_size=10)
+    )
+    shared = {
+        "model": fs.models.digits_cnn(),
+        "clients": clients,
+        "root": root,
+        "test": data.test,
+        "client_update": fs.local_sgd(optax.sgd(0.1), steps=3, batch_size=10),
+        "cohort_size": 15,
+    }
+    attacked = {"num_byzantine": 4, "attack": fs.attacks.alie(z=1.5)}
+    backdoor = {
+        "num_byzantine": 4,
+        "data_attack": fs.attacks.badnets(target=0, num_classes=10, size=2),
+        "byzantine_update": fs.local_sgd(optax.sgd(0.2), steps=4, batch_size=10),
+    }
+
+    def systems(devices):
+        own = shared | {"num_devices": devices}
+        a = fs.aggregators
+        return {
+            "median": fs.Simulation(aggregator=a.median(), **own, **attacked),
+            "fltrust": fs.Simulation(aggregator=a.fltrust(), **own, **attacked),
+            "fldetector": fs.Simulation(
+                aggregator=a.fldetector(start=1, window=2), **own, **backdoor
+            ),
+        }
+
+    same = 0
+    one, two = (fs.compare(systems(n)) for n in (1, 2))
+    for key in (jax.random.key(0), jax.random.split(jax.random.key(0), 2)):
+        for found, wanted in zip(
+            two.run(key, num_rounds=4, eval_every=2),
+            one.run(key, num_rounds=4, eval_every=2),
+        ):
+            compared(found, wanted)
+            same += 1
+
+    # A checkpoint of two devices goes on where it was, on either number of them.
+    straight, _ = two.run(jax.random.key(0), num_rounds=4, eval_every=2)
+    half, _ = two.run(jax.random.key(0), num_rounds=2, eval_every=2)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), 2, half)
+        start = two.init(jax.random.key(0))
+        loaded = checkpoint.load(
+            Path(folder), 2, lambda round: two.shapes(start, 2, 2)[0]
+        )
+        for comparison in (two, one):
+            states, _ = comparison.run(states=loaded, num_rounds=2, eval_every=2)
+            compared(states, straight)
+    same += 1
+    print(f"same on one and two devices: {same}")
+
+
+if __name__ == "__main__":
+    main()
