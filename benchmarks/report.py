@@ -210,12 +210,12 @@ def training(found: Mapping[str, Any]) -> str:
     )
     return (
         "## Local training\n\n"
-        "100 clients, one epoch of 100 samples in batches of 10, plain SGD; the median "
-        f"of {found['passes']} passes in which the arms take turns. GFLOP/s counts what "
-        "the textbook network needs (forward and both gradients, none for the input of "
-        f"the first layer); a large matrix product reaches {largest_sgemm(found):.0f} "
-        "GFLOP/s here. Naive `vmap` trains 20 clients of 20 samples where it "
-        "convolves.\n\n"
+        "100 clients, one epoch of 100 samples (of 600 for the MLP) in batches of 10, "
+        f"plain SGD; the median of {found['passes']} passes in which the arms take turns. GFLOP/s "
+        "counts what the textbook network needs (forward and both gradients, none for "
+        "the input of the first layer); a large matrix product reaches "
+        f"{largest_sgemm(found):.0f} GFLOP/s here. Naive `vmap` trains 20 clients of "
+        "20 samples of the large CNN.\n\n"
         f"{markdown_table(header, rows)}\n\n![](training.png)"
     )
 
@@ -328,8 +328,9 @@ def matrix(found: Mapping[str, Any]) -> str:
         "rounds of one step of 10 samples, seed 0, one run. ByzFL's own classes in its "
         "own loop, with the data in memory. "
         f"fedjax_sim {ours['total']:.0f} s, of which it compiles "
-        f"{ours['compile']:.0f}; ByzFL {theirs['total']:.0f} s. Final accuracies differ "
-        f"by {sum(apart) / len(apart):.3f} on average, {max(apart):.3f} at most.\n\n"
+        f"{ours['compile']:.0f}; ByzFL {theirs['total']:.0f} s. Final accuracies "
+        f"differ by {sum(apart) / len(apart):.3f} on average, {max(apart):.3f} at "
+        "most.\n\n"
         f"{markdown_table(header, rows)}"
     )
 
@@ -339,8 +340,8 @@ def flower(found: Mapping[str, Any]) -> str:
     return (
         "## Flower\n\n"
         f"FedAvg, FLTrust's CNN, {found['clients']} clients, one epoch of "
-        f"{found['samples']} samples: Flower's simulation {theirs['per_round']:.2f} s a "
-        f"round after {theirs['start']:.0f} s with its first; local training here "
+        f"{found['samples']} samples: Flower's simulation {theirs['per_round']:.2f} s "
+        f"a round after {theirs['start']:.0f} s with its first; local training here "
         f"{ours['median']:.2f} s after {ours['compile']:.1f} s of compiling, "
         f"{theirs['per_round'] / ours['median']:.1f} times as fast."
     )

@@ -136,3 +136,15 @@ def test_counts_must_be_integers(value):
 def test_an_optimizer_that_is_none(optimizer):
     with pytest.raises(TypeError, match="forget to call it"):
         fs.local_sgd(optimizer, epochs=1, batch_size=2)
+
+
+def test_precision_is_for_gpus():
+    with pytest.raises(ValueError, match=r"unknown precision 'fp8'.* Valid: bf16, "):
+        fs.local_sgd(optax.sgd(0.1), steps=1, batch_size=2, precision="fp8")
+    update = fs.local_sgd(optax.sgd(0.1), steps=1, batch_size=2, precision="tf32")
+    if jax.default_backend() == "cpu":
+        # Before any training, and not silently in float32.
+        with pytest.raises(ValueError, match=r"is for GPUs.* Pass precision=.float32"):
+            train(update, 8, 8)
+    else:
+        train(update, 8, 8)

@@ -60,6 +60,23 @@ def test_rows_left_out_are_no_centre():
     np.testing.assert_allclose(D[3, 4], exact(U)[3, 4], rtol=1e-6)
 
 
+def test_blocks_of_columns_count_every_column_once():
+    # Two blocks and a rest on CPU, the last of which overlaps the one before it.
+    rng = np.random.default_rng(0)
+    U = rng.normal(size=(7, 2 * distances._CPU_BLOCK + 37)).astype(np.float32)
+    D = np.asarray(distances.pairwise_sq_distances(U))
+    np.testing.assert_allclose(D, exact(U), rtol=1e-5, atol=1e-2)
+    assert np.all(np.diagonal(D) == 0)
+
+
+def test_rows_left_out_may_hold_anything():
+    U = np.random.default_rng(0).normal(size=(6, 5000)).astype(np.float32)
+    expected = exact(U)[2:, 2:]
+    U[0], U[1] = np.nan, np.inf
+    D = np.asarray(distances.pairwise_sq_distances(U, np.arange(6) >= 2))
+    np.testing.assert_allclose(D[2:, 2:], expected, rtol=1e-5, atol=1e-3)
+
+
 def test_krum_scores_with_any_number_of_neighbours():
     U = np.random.default_rng(3).normal(size=(8, 5)).astype(np.float32)
     D = distances.pairwise_sq_distances(U)

@@ -9,6 +9,7 @@ from flax import nnx
 
 from fedjax_sim import models
 from fedjax_sim.models import Conv, Model, max_pool
+from fedjax_sim.models.layers import conv_pool
 
 
 @pytest.mark.parametrize("padding", ["VALID", "SAME"])
@@ -35,23 +36,81 @@ def test_conv_equals_flax_in_outputs_and_gradients(padding, kernel):
     )
 
 
-def test_pooled_conv_equals_conv_relu_max_pool():
-    x = jax.random.normal(jax.random.key(0), (4, 9, 9, 3))
-    module = Conv(5, pool=True)
-    params = jax.tree.map(lambda p: p + 0.1, module.init(jax.random.key(1), x))
+def stacked_reference(features, padding):
+    """Flax's own layers: convolution, relu, pooling, once for each entry."""
 
-    def reference(params, x):
-        y = nn.relu(nn.Conv(5, (3, 3), padding="VALID").apply(params, x))
-        return nn.max_pool(y, (2, 2), (2, 2))
+    class Reference(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for count in features:
+                x = nn.relu(nn.Conv(count, (3, 3), padding=padding, name=f"{count}")(x))
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            return x
+
+    return Reference()
+
+
+def stacked_pooled(features, padding, spare):
+    """The same of this library's, with or without spare channels in between."""
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            known = None
+            for place, count in enumerate(features):
+                more = spare and place < len(features) - 1
+                options = {"pool": True, "in_features": known, "spare": more}
+                x = Conv(count, (3, 3), padding, name=f"{count}", **options)(x)
+                known = count
+            return x
+
+    return Ours()
+
+
+@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize(
+    ("size", "padding"), [((9, 12), "SAME"), ((18, 15), "VALID"), ((17, 16), "VALID")]
+)
+def test_pooled_conv_equals_conv_relu_max_pool(size, padding, spare):
+    # A kernel with more rows than outputs, then one with fewer: both products.
+    features = (30, 7)
+    x = jax.random.normal(jax.random.key(0), (4, *size, 3))
+    reference = stacked_reference(features, padding)
+    ours = stacked_pooled(features, padding, spare)
+    params = reference.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, params, ours.init(jax.random.key(1), x))
+    params = jax.tree.map(lambda p: p + 0.05, params)
+
+    def loss(module, params, x):
+        return jnp.sum(jnp.sin(module.apply(params, x)))
 
     np.testing.assert_allclose(
-        module.apply(params, x), reference(params, x), rtol=1e-5, atol=1e-5
+        ours.apply(params, x), reference.apply(params, x), rtol=1e-5, atol=1e-5
     )
-    got = jax.grad(lambda p: jnp.sum(module.apply(p, x) ** 2))(params)
-    want = jax.grad(lambda p: jnp.sum(reference(p, x) ** 2))(params)
+    got = jax.grad(loss, argnums=(1, 2))(ours, params, x)
+    want = jax.grad(loss, argnums=(1, 2))(reference, params, x)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), got, want
     )
+
+
+def test_spare_channels_are_zeros_to_the_next_sixteen():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    module = Conv(30, pool=True, spare=True)
+    params = module.init(jax.random.key(1), x)
+    out = module.apply(params, x)
+    assert out.shape == (2, 2, 2, 32)
+    np.testing.assert_array_equal(out[..., 30:], 0.0)
+    assert params["params"]["kernel"].shape == (3, 3, 3, 30)
+
+
+def test_pooled_conv_shares_the_gradient_of_ties():
+    # Four equal values: each has a quarter, and the sum is that of one.
+    x = jnp.ones((1, 4, 4, 1))
+    got = jax.grad(lambda x: conv_pool(x, jnp.ones((3, 3, 1, 1)), jnp.ones(1)).sum())(x)
+    np.testing.assert_allclose(got[0, :, :, 0].sum(), 9.0)
+    np.testing.assert_allclose(got[0, 0, 0, 0], 0.25)
+    np.testing.assert_allclose(got[0, 1, 1, 0], 1.0)
 
 
 def test_max_pool_drops_an_odd_edge_like_flax():

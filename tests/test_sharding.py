@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 import pytest
 
 import fedjax_sim as fs
@@ -28,7 +28,7 @@ def test_two_devices_give_what_one_gives():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "same on one and two devices: 5"
+    assert done.stdout.splitlines()[-1] == "the same on one and two devices"
 
 
 def test_use_cores_refuses_what_comes_too_late():
@@ -65,6 +65,18 @@ def test_one_device_adds_nothing():
     assert found == {"a": 2, "b": 3}
 
 
-def test_usable_cores_counts_at_least_this_one():
-    assert 1 <= sharding.usable_cores() <= (os.cpu_count() or 1)
-    assert isinstance(np.int64(sharding.usable_cores()), np.int64)
+def test_more_devices_than_there_are():
+    data = fs.data.load("digits")
+    clients, _ = fs.data.federate(data, num_clients=4, partition=fs.data.iid())
+    there = jax.local_device_count()
+    options = {
+        "model": fs.models.mlp((8, 8, 1), hidden=()),
+        "clients": clients,
+        "client_update": fs.local_sgd(optax.sgd(0.1), steps=1, batch_size=2),
+        "aggregator": fs.aggregators.fedavg(),
+    }
+    assert fs.Simulation(**options).num_devices == there
+    with pytest.raises(ValueError, match=f"num_devices={there + 1}, but .*use_cores"):
+        fs.Simulation(**options, num_devices=there + 1)
+    with pytest.raises(ValueError, match="num_devices must be an integer of at least"):
+        fs.Simulation(**options, num_devices=0)
