@@ -211,7 +211,8 @@ def training(found: Mapping[str, Any]) -> str:
     return (
         "## Local training\n\n"
         "100 clients, one epoch of 100 samples (of 600 for the MLP) in batches of 10, "
-        f"plain SGD; the median of {found['passes']} passes in which the arms take turns. GFLOP/s "
+        f"plain SGD; the median of {found['passes']} passes in which the arms take "
+        "turns. GFLOP/s "
         "counts what the textbook network needs (forward and both gradients, none for "
         "the input of the first layer); a large matrix product reaches "
         f"{largest_sgemm(found):.0f} GFLOP/s here. Naive `vmap` trains 20 clients of "
