@@ -81,7 +81,7 @@ MATRIX: dict[str, Any] = {
     ],
     "attacks": ["sign_flip", "ipm", "alie", "gaussian"],
     "model": "cnn",
-    "rounds": 30,
+    "rounds": 20,
 }
 IPM, ALIE, NOISE = 2.0, 1.5, 1.0
 
