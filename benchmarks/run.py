@@ -51,6 +51,12 @@ class Config:
         "flower",
         "demo",
     )
+    #: Networks of the training workload; others of an earlier run are kept.
+    models: tuple[Literal["cnn", "mlp", "digits_cnn"], ...] = (
+        "cnn",
+        "mlp",
+        "digits_cnn",
+    )
     #: Times that the arms of the training workload take turns.
     passes: int = 3
     #: Folder with idx/mnist/*.gz; without it the matrix is left out.
@@ -123,7 +129,7 @@ def training(config: Config) -> Result:
     """Local training of 100 clients, samples a second; and this machine's sgemm."""
     threads = sorted({1, config.cores})
     models = {}
-    for model in workloads.TRAINING:
+    for model in config.models:
         print(f"  {model}")
         # The naive program is too slow for all clients where it convolves.
         part = {"clients": 20, "samples": 20} if model == "cnn" else {}
@@ -302,7 +308,10 @@ def main() -> None:
     for name in config.only:
         print(name, flush=True)
         start = time.perf_counter()
-        results[name] = tried(lambda name=name: RUN[name](config))
+        found = tried(lambda name=name: RUN[name](config))
+        if "models" in found:
+            found["models"] = results.get(name, {}).get("models", {}) | found["models"]
+        results[name] = found
         results[name]["took"] = round(time.perf_counter() - start)
         if "failed" in results[name]:
             print(f"  {results[name]['failed']}")
