@@ -161,12 +161,14 @@ def targets(results: Mapping[str, Any]) -> str:
 
 def training_targets(found: Mapping[str, Any]) -> list[Target]:
     rows = []
-    for model, wanted in PYTORCH.items():
-        arms = found["models"][model]
+    for model, arms in found["models"].items():
+        wanted = PYTORCH[model]
         theirs = best_pytorch(arms)
         ratio = arms["fedjax_sim"]["rate"] / theirs if theirs else None
         against = "PyTorch loop, best number of threads"
         rows.append(times(f"training, {NAMES[model]}", against, wanted, ratio))
+    if "cnn" not in found["models"]:
+        return rows
     arms = found["models"]["cnn"]
     name = f"training, {NAMES['cnn']}"
     rows.append(
