@@ -233,7 +233,8 @@ def training(found: Mapping[str, Any]) -> str:
         "turns. GFLOP/s "
         "counts what the textbook network needs (forward and both gradients, none for "
         "the input of the first layer); a large matrix product reaches "
-        f"{largest_sgemm(found):.0f} GFLOP/s here. Naive `vmap` trains 20 clients of "
+        f"{largest_sgemm(found):.0f} GFLOP/s here. On one device all cores share each "
+        "operation; otherwise each trains its own clients. Naive `vmap` trains 20 clients of "
         "20 samples of the large CNN.\n\n"
         f"{markdown_table(header, rows)}\n\n![](training.png)"
     )
@@ -367,7 +368,9 @@ def matrix(found: Mapping[str, Any]) -> str:
         f"fedjax_sim {ours['total']:.0f} s, of which it compiles "
         f"{ours['compile']:.0f}; ByzFL {theirs['total']:.0f} s. Final accuracies "
         f"differ by {sum(apart) / len(apart):.3f} on average, {max(apart):.3f} at "
-        "most.\n\n"
+        "most: PyTorch's initial weights are smaller than Flax's, and so early in "
+        "training its networks lag behind. Parity with equal initial weights is still "
+        "to be measured.\n\n"
         f"{markdown_table(header, rows)}"
     )
 
@@ -386,8 +389,8 @@ def flower(found: Mapping[str, Any]) -> str:
 
 def demo(found: Mapping[str, Any]) -> str:
     rows = [
-        (name, *(f"{part[k]:.1f}" for k in ("wall", "compile", "run")))
-        for name, part in found.items()
+        (name, *(f"{found[name][k]:.1f}" for k in ("wall", "compile", "run")))
+        for name in ("first", "second")
     ]
     header = ("run", "wall clock s", "compiling s", "running s")
     return (

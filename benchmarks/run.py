@@ -143,7 +143,7 @@ def training(config: Config) -> Result:
             ),
         }
         if config.cores > 1:
-            calls["fedjax_sim, one core"] = lambda m=model: arm(
+            calls["fedjax_sim, one device"] = lambda m=model: arm(
                 "fedjax", "train", model=m, cores=1
             )
         for count in threads:

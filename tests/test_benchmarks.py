@@ -93,3 +93,13 @@ def test_bad_options_before_anything_runs(tmp_path):
         assert done.returncode == 1
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_s_figures_are_those_measured():
+    models = json.loads((BENCHMARKS / "results.json").read_text())["training"]["models"]
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    table = readme[readme.index("### Speed") : readme.index("### What to install")]
+    for arms in models.values():
+        ours = arms["fedjax_sim"]["rate"]
+        theirs = report.best_pytorch(arms)
+        assert f" {ours:,.0f} | {theirs:,.0f} ({ours / theirs:.1f}x) |" in table
