@@ -234,8 +234,8 @@ def training(found: Mapping[str, Any]) -> str:
         "counts what the textbook network needs (forward and both gradients, none for "
         "the input of the first layer); a large matrix product reaches "
         f"{largest_sgemm(found):.0f} GFLOP/s here. On one device all cores share each "
-        "operation; otherwise each trains its own clients. Naive `vmap` trains 20 clients of "
-        "20 samples of the large CNN.\n\n"
+        "operation; otherwise each trains its own clients. Naive `vmap` trains 20 "
+        "clients of 20 samples of the large CNN.\n\n"
         f"{markdown_table(header, rows)}\n\n![](training.png)"
     )
 
