@@ -546,7 +546,7 @@ def test_data_attack_poisons_byzantine_clients_only():
     poisoned = simulate(cohort_size=8, data_attack=flip, num_byzantine=5)
     both = fs.compare({"honest": honest, "poisoned": poisoned})
     states = both.init(jax.random.key(0))
-    arrays = both._arrays
+    arrays = both.arrays
     trained = training.train_cohorts(both.systems, states, arrays)
     ids, clean, _, _ = trained["honest"]
     _, dirty, _, _ = trained["poisoned"]
@@ -578,7 +578,7 @@ def train_alone(sim, update):
 
 def train_cohort(sim):
     """``state -> Trained`` of a simulation, compiled once."""
-    arrays = sim.alone._arrays
+    arrays = sim.alone.arrays
     return jax.jit(
         lambda state: training.train_cohorts({"a": sim}, {"a": state}, arrays)["a"]
     )
