@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import fedjax_sim as fs
+from fedjax_sim.sharding import usable_cores
 
 # Options that do not change what a round computes, and so are not part of a run's key:
 # where the run is, and (but for whether it forks) how long it is.
@@ -63,9 +64,7 @@ def versions() -> dict[str, str]:
     found["device"] = f"{len(jax.devices())} x {device.device_kind}"
     # The cores this process may use: on CPU the rounding of a matrix product depends on
     # the number of threads.
-    usable = getattr(os, "sched_getaffinity", None)
-    cores = len(usable(0)) if usable else os.cpu_count()
-    found["machine"] = f"{platform.machine()}, {cores} cores"
+    found["machine"] = f"{platform.machine()}, {usable_cores()} cores"
     return found
 
 

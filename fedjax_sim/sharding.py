@@ -128,6 +128,8 @@ def share_out(
     if num_devices == 1:
         return {name: call(*args[name]) for name, call in calls.items()}
     turns = {name: turn % num_devices for turn, name in enumerate(calls)}
+    shapes = {name: jax.eval_shape(call, *args[name]) for name, call in calls.items()}
+    raw_shapes = jax.tree.map(lambda x: jax.eval_shape(_raw, x), shapes)
 
     def part(args: Mapping[str, tuple]) -> dict[str, PyTree]:
         here = jax.lax.axis_index(AXIS)
@@ -137,13 +139,11 @@ def share_out(
             def compute(own: tuple, call: Callable[..., PyTree] = call) -> PyTree:
                 return jax.tree.map(_raw, call(*own))
 
-            shapes = jax.eval_shape(compute, args[name])
-            found[name] = jax.lax.cond(
-                here == turns[name],
-                compute,
-                lambda own, shapes=shapes: jax.tree.map(jnp.zeros_like, shapes),
-                args[name],
-            )
+            def skip(own: tuple, name: str = name) -> PyTree:
+                return jax.tree.map(jnp.zeros_like, raw_shapes[name])
+
+            mine = here == turns[name]
+            found[name] = jax.lax.cond(mine, compute, skip, args[name])
         # Only now, so that no device waits for another before its own turns are over.
         return {
             name: jax.tree.map(
@@ -152,7 +152,6 @@ def share_out(
             for name, results in found.items()
         }
 
-    shapes = {name: jax.eval_shape(call, *args[name]) for name, call in calls.items()}
     everywhere = PartitionSpec()
     found = jax.shard_map(
         part,

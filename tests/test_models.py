@@ -90,7 +90,7 @@ def test_pooled_conv_equals_conv_relu_max_pool(size, padding, spare):
     got = jax.grad(loss, argnums=(1, 2))(ours, params, x)
     want = jax.grad(loss, argnums=(1, 2))(reference, params, x)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), got, want
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want
     )
 
 

@@ -21,7 +21,7 @@ from benchmarks.workloads import (
     TRAINING,
 )
 from fedjax_sim import rounds, training
-from fedjax_sim.types import Clients, Examples, RoundContext
+from fedjax_sim.types import Aggregator, Clients, Examples, RoundContext
 
 # Systems whose time outside local training is measured.
 SYSTEMS = {
@@ -51,7 +51,6 @@ def train(
     clients: int = 0,
     samples: int = 0,
     precision: str = "float32",
-    repeats: int = workloads.REPEATS,
 ) -> dict[str, Any]:
     """Local training of a cohort, as the engine does it."""
     fs.use_cores(cores)
@@ -78,34 +77,39 @@ def train(
     start = time.perf_counter()
     compiled = jax.jit(train_all).lower(*args).compile()
     compile_seconds = time.perf_counter() - start
-    found = workloads.measure(lambda: jax.block_until_ready(compiled(*args)), repeats)
+    found = workloads.measure(lambda: jax.block_until_ready(compiled(*args)))
     rate = clients * samples / found["median"]
     return {**found, "compile": compile_seconds, "rate": rate}
+
+
+def make_rules(assumed: int) -> dict[str, Aggregator]:
+    """What ByzFL has too; pre-aggregators are followed by the mean."""
+    a = fs.aggregators
+    return {
+        "fedavg": a.fedavg(),
+        "median": a.median(),
+        "trimmed_mean": a.trimmed_mean(assumed),
+        "geometric_median": a.geometric_median(),
+        "krum": a.krum(assumed),
+        "multi_krum": a.multi_krum(assumed),
+        "centered_clipping": a.centered_clipping(),
+        "monna": a.monna(assumed),
+        "meamed": a.meamed(assumed),
+        "caf": a.caf(assumed),
+        "mda": a.mda(assumed),
+        "smea": a.smea(assumed),
+        "nnm": a.chain(a.nnm(assumed), a.fedavg()),
+        "bucketing": a.chain(a.bucketing(2), a.fedavg()),
+        "clipping": a.chain(a.clipping(2.0), a.fedavg()),
+        "arc": a.chain(a.arc(assumed), a.fedavg()),
+    }
 
 
 def aggregate(
     rules: list[str], rows: int, columns: int, assumed: int
 ) -> dict[str, Any]:
-    """Seconds of each rule; of a pre-aggregator, followed by the mean."""
-    a = fs.aggregators
-    table = {
-        "fedavg": lambda: a.fedavg(),
-        "median": lambda: a.median(),
-        "trimmed_mean": lambda: a.trimmed_mean(assumed),
-        "geometric_median": lambda: a.geometric_median(),
-        "krum": lambda: a.krum(assumed),
-        "multi_krum": lambda: a.multi_krum(assumed),
-        "centered_clipping": lambda: a.centered_clipping(),
-        "monna": lambda: a.monna(assumed),
-        "meamed": lambda: a.meamed(assumed),
-        "caf": lambda: a.caf(assumed),
-        "mda": lambda: a.mda(assumed),
-        "smea": lambda: a.smea(assumed),
-        "nnm": lambda: a.chain(a.nnm(assumed), a.fedavg()),
-        "bucketing": lambda: a.chain(a.bucketing(2), a.fedavg()),
-        "clipping": lambda: a.chain(a.clipping(2.0), a.fedavg()),
-        "arc": lambda: a.chain(a.arc(assumed), a.fedavg()),
-    }
+    """Seconds of each rule."""
+    table = make_rules(assumed)
     rng = np.random.default_rng(0)
     U = jnp.asarray(rng.standard_normal((rows, columns), np.float32) * 0.01 + 0.02)
     context = RoundContext(
@@ -113,7 +117,7 @@ def aggregate(
     )
     seconds, compiling = {}, {}
     for name in rules:
-        rule = table[name]()
+        rule = table[name]
         state = rule.init(U[0], rows)
         start = time.perf_counter()
         compiled = jax.jit(rule.apply).lower(U, state, context).compile()
@@ -168,8 +172,8 @@ def parts(cores: int, steps: int = 60) -> dict[str, Any]:
                 sim, states[key], arrays.clients, trained[key], roots.get(key)
             )
 
-        trained, roots = jax.jit(train)(states, arrays)
         train_all, finish = jax.jit(train), jax.jit(rest)
+        trained, roots = train_all(states, arrays)
         training_time = workloads.measure(
             lambda f=train_all, s=states, a=arrays: jax.block_until_ready(f(s, a))
         )
@@ -193,16 +197,8 @@ def matrix(
 ) -> dict[str, Any]:
     """Rules x attacks: all rules of an attack in one program, compiling included."""
     fs.use_cores(cores)
-    a, b = fs.aggregators, fs.attacks
-    table = {
-        "fedavg": a.fedavg(),
-        "median": a.median(),
-        "trimmed_mean": a.trimmed_mean(20),
-        "geometric_median": a.geometric_median(),
-        "krum": a.krum(20),
-        "multi_krum": a.multi_krum(20),
-        "meamed": a.meamed(20),
-    }
+    b = fs.attacks
+    table = make_rules(MATRIX["byzantine"])
     rate = MATRIX["learning_rate"]
     crafted = {
         "sign_flip": b.ipm(1.0),

@@ -48,25 +48,27 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def make_data(model: str, clients: int, device: str) -> tuple[Any, Any]:
+def set_up(
+    model: str, threads: int, clients: int, device: str
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A network, and inputs and targets ``[clients, samples, ...]``."""
+    torch.set_num_threads(threads)
+    clients = clients or TRAINING[model]["clients"]
     height, width, channels = TRAINING[model]["shape"]
     samples = TRAINING[model]["samples"]
     generator = torch.Generator().manual_seed(0)
     shape = (clients, samples, channels, height, width)
     inputs = torch.rand(shape, generator=generator)
     targets = torch.randint(0, 10, (clients, samples), generator=generator)
-    return inputs.to(device), targets.to(device)
+    return build(model).to(device), inputs.to(device), targets.to(device)
 
 
 def train(
-    model: str, threads: int, clients: int = 0, device: str = "cpu", repeats: int = 3
+    model: str, threads: int, clients: int = 0, device: str = "cpu"
 ) -> dict[str, Any]:
     """One model object, reset to the server's parameters for every client."""
-    torch.set_num_threads(threads)
-    clients = clients or TRAINING[model]["clients"]
-    inputs, targets = make_data(model, clients, device)
-    samples = inputs.shape[1]
-    network = build(model).to(device)
+    network, inputs, targets = set_up(model, threads, clients, device)
+    clients, samples = targets.shape
     server = [p.detach().clone() for p in network.parameters()]
 
     def one_round() -> None:
@@ -85,19 +87,16 @@ def train(
                 torch._foreach_sub(list(network.parameters()), server)
         synchronize(device)
 
-    found = workloads.measure(one_round, repeats)
+    found = workloads.measure(one_round)
     return {**found, "rate": clients * samples / found["median"]}
 
 
 def vmap(
-    model: str, threads: int, clients: int = 0, device: str = "cpu", repeats: int = 3
+    model: str, threads: int, clients: int = 0, device: str = "cpu"
 ) -> dict[str, Any]:
     """All clients side by side: `torch.func.vmap` of `torch.func.grad`."""
-    torch.set_num_threads(threads)
-    clients = clients or TRAINING[model]["clients"]
-    inputs, targets = make_data(model, clients, device)
-    samples = inputs.shape[1]
-    network = build(model).to(device)
+    network, inputs, targets = set_up(model, threads, clients, device)
+    clients, samples = targets.shape
     server = {name: p.detach() for name, p in network.named_parameters()}
 
     def loss(params: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -119,7 +118,7 @@ def vmap(
                 params[name].sub_(grads[name], alpha=LEARNING_RATE)
         synchronize(device)
 
-    found = workloads.measure(one_round, repeats)
+    found = workloads.measure(one_round)
     return {**found, "rate": clients * samples / found["median"]}
 
 

@@ -108,7 +108,7 @@ def _conv_pool_backward(saved: tuple, grad: Array) -> tuple[Array, Array, Array]
         -1, features
     )
 
-    if len(windows.T) > features:
+    if windows.shape[-1] > features:
         # Without the barrier XLA folds the transposition back into the product.
         grad_kernel = jax.lax.optimization_barrier(grad.T @ windows).T
     else:

@@ -20,7 +20,14 @@ class _CNN(nn.Module):
         in_features = None
         for layer, features in enumerate(self.channels):
             spare = layer < len(self.channels) - 1 and worth_spare(features)
-            x = Conv(features, (3, 3), self.padding, True, in_features, spare)(x)
+            x = Conv(
+                features,
+                (3, 3),
+                self.padding,
+                pool=True,
+                in_features=in_features,
+                spare=spare,
+            )(x)
             in_features = features
         return _MLP(self.hidden, self.num_classes, name="head")(x)
 
