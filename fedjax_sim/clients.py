@@ -111,6 +111,7 @@ def local_sgd(
             assert epochs is not None
             total = epochs * batches
         whole = data.mask is None and padded % batch_size == 0
+        drawn = padded if steps is None else min(padded, steps * batch_size)
 
         def loss_of(params: Params, rows: Array, valid: Array | None) -> Array:
             losses = model.loss(
@@ -123,7 +124,13 @@ def local_sgd(
         def epoch(e: Array, carry: PyTree) -> PyTree:
             draws = jax.random.uniform(jax.random.fold_in(key, e), (padded,))
             draws = jnp.where(jnp.arange(padded) < size, draws, jnp.inf)
-            order = jnp.pad(jnp.argsort(draws), (0, -padded % batch_size))
+            # Of equal draws both take the first; sorting all of many takes far longer.
+            order = (
+                jnp.argsort(draws)
+                if drawn == padded
+                else jax.lax.top_k(-draws, drawn)[1]
+            )
+            order = jnp.pad(order, (0, -drawn % batch_size))
 
             def step(b: Array, carry: PyTree) -> PyTree:
                 params, opt_state, total_loss = carry

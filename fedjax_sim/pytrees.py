@@ -60,11 +60,8 @@ def ravel(tree: PyTree) -> Array:
 
 def finite_rows(updates: PyTree) -> Array:
     """``bool [k]``: rows whose values and squared norm are all finite in float32."""
-    squares = [
-        jnp.square(leaf.astype(jnp.float32)).sum(axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(updates)
-    ]
-    return jnp.isfinite(sum(squares))
+    matrix, _ = ravel_clients(updates)
+    return jnp.isfinite(jnp.square(matrix).sum(axis=1))
 
 
 def participants(

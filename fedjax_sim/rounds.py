@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from fedjax_sim.evaluation import Scores, evaluate_systems
 from fedjax_sim.metrics import detection
-from fedjax_sim.pytrees import finite_rows, ravel
+from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
 from fedjax_sim.sharding import share_out
 from fedjax_sim.state import AGGREGATE, ATTACK, Arrays, History, RoundState, stream
 from fedjax_sim.training import Trained, train_cohorts, train_roots
@@ -38,14 +39,11 @@ def apply_rule(
 
     Returns the aggregate, the rule's state, its info, and ``finite bool [k]``.
     """
-    finite = finite_rows(updates)
-
-    def clean(x: Array) -> Array:
-        keep = finite.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(keep, x, jnp.zeros((), x.dtype))
-
+    U, unravel = ravel_clients(updates)
+    finite = finite_rows(U)
+    clean = jax.vmap(unravel)(jnp.where(finite[:, None], U, 0.0))
     context = context._replace(mask=finite, byzantine=None, aggregate=None)
-    aggregate, state, info = rule.apply(jax.tree.map(clean, updates), state, context)
+    aggregate, state, info = rule.apply(clean, state, context)
     info = info._replace(
         flagged=info.flagged | ~finite, weights=jnp.where(finite, info.weights, 0.0)
     )
@@ -57,10 +55,12 @@ def finish_round(
     state: RoundState,
     clients: Clients,
     trained: Trained,
-    root_update: Params | None,
+    root_update: Array | None,
 ) -> tuple[RoundState, History]:
     """Attack, aggregation, server step and the round's metrics of one system."""
-    ids, updates, client_states, info = trained
+    ids, rows, client_states, info = trained
+    _, unravel = ravel_pytree(state.params)
+    updates = jax.vmap(unravel)(rows)
     byzantine = state.byzantine[ids]
     context = RoundContext(
         key=stream(state, ATTACK),
@@ -70,7 +70,7 @@ def finish_round(
         round=state.round,
         client_ids=ids,
         num_samples=clients.mask[ids].sum(axis=1).astype(jnp.float32),
-        root_update=root_update,
+        root_update=None if root_update is None else unravel(root_update),
         byzantine=byzantine,
     )
     attack_state = state.attack

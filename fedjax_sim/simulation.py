@@ -14,7 +14,7 @@ from fedjax_sim import checks, rounds
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
 from fedjax_sim.sharding import replicate
-from fedjax_sim.state import Arrays, History, RoundState, fresh_state, initial_state
+from fedjax_sim.state import INIT, Arrays, History, RoundState, fresh_state
 from fedjax_sim.types import (
     Aggregator,
     Array,
@@ -309,11 +309,18 @@ class Comparison:
         return replicate(Arrays(first.clients, root, test), first.num_devices)
 
     @functools.cached_property
-    def _init(self) -> "jax.stages.Wrapped":
-        def init(key: Array) -> dict[str, RoundState]:
-            return {n: initial_state(s, key) for n, s in self.systems.items()}
+    def _fresh(self) -> "jax.stages.Wrapped":
+        """``(params, key)`` -> every system's state before round 0."""
 
-        return jax.jit(lambda key: (jax.vmap(init) if key.ndim else init)(key))
+        def fresh(params: Params, key: Array) -> dict[str, RoundState]:
+            zero = jnp.zeros((), jnp.int32)
+            return {
+                n: fresh_state(s, params, key, zero) for n, s in self.systems.items()
+            }
+
+        return jax.jit(
+            lambda params, key: (jax.vmap(fresh) if key.ndim else fresh)(params, key)
+        )
 
     @functools.cached_property
     def _scan(self) -> "jax.stages.Wrapped":
@@ -357,7 +364,16 @@ class Comparison:
                 "expected a typed PRNG key, from jax.random.key(seed); got "
                 f"{type(key).__name__} (jax.random.PRNGKey makes another kind)."
             )
-        return self._init(key)
+        first = next(iter(self.systems.values()))
+        # By itself, so that comparisons of one model compile it once: drawing weights
+        # takes a second or two to compile.
+        draw = jax.jit(first.model.init)
+        draw, fold = (
+            (jax.vmap(draw), jax.vmap(jax.random.fold_in, in_axes=(0, None)))
+            if key.ndim
+            else (draw, jax.random.fold_in)
+        )
+        return self._fresh(draw(fold(key, INIT)), key)
 
     def lower(
         self,
@@ -455,7 +471,7 @@ class Comparison:
                 f"states are of {sorted(states)}, but the systems are "
                 f"{sorted(self.systems)}."
             )
-        expected = jax.eval_shape(self._init, next(iter(states.values())).key)
+        expected = jax.eval_shape(self.init, next(iter(states.values())).key)
         for name, state in states.items():
             want, got = (
                 jax.tree.map(lambda x: (x.shape, x.dtype), tree)

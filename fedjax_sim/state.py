@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.attacks.rows import along
 from fedjax_sim.types import AnyArray, Array, Clients, ClientUpdate, Params, PyTree
 
 if TYPE_CHECKING:
@@ -101,12 +100,6 @@ def stream(state: RoundState, which: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, which), state.round)
 
 
-def initial_state(sim: "Simulation", key: Array) -> RoundState:
-    """The state before round 0: parameters drawn from the key, nothing remembered."""
-    params = sim.model.init(jax.random.fold_in(key, INIT))
-    return fresh_state(sim, params, key, jnp.zeros((), jnp.int32))
-
-
 def fresh_state(
     sim: "Simulation", params: Params, key: Array, round: Array
 ) -> RoundState:
@@ -125,7 +118,7 @@ def fresh_state(
     client_states = clients(sim.client_update)
     if sim.byzantine_update is not None:
         client_states = jax.tree.map(
-            lambda own, x: jnp.where(along(byzantine, x), own, x),
+            lambda own, x: jnp.where(_along(byzantine, x), own, x),
             clients(sim.byzantine_update),
             client_states,
         )
@@ -142,6 +135,11 @@ def fresh_state(
         key=key,
         round=round,
     )
+
+
+def _along(rows: Array, leaf: Array) -> Array:
+    """``[k]`` reshaped to ``[k, 1, ...]`` so that it selects whole rows of a leaf."""
+    return rows.reshape(rows.shape + (1,) * (leaf.ndim - 1))
 
 
 def draw_cohort(sim: "Simulation", state: RoundState) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from fedjax_sim.models import Model
+from fedjax_sim.pytrees import ravel_clients
 from fedjax_sim.sharding import over_devices
 from fedjax_sim.state import (
     POISON,
@@ -63,7 +64,7 @@ def make_trainer(
     chunk: int,
     num_devices: int = 1,
 ) -> Any:
-    """``(clients, params [S, ...], rows [R]) -> (updates, states, info) [R, ...]``.
+    """``(clients, params [S, ...], rows [R]) -> (updates [R, d], states, info)``.
 
     Each device takes its part of the rows. There ``chunk`` rows at a time are vmapped,
     chunks run one after the other. vmapping the trainer itself (over seeds) only adds
@@ -93,12 +94,15 @@ def make_trainer(
             return train_one(clients, params, row)
 
         if size == count:
-            return jax.vmap(one)(rows)
-        if size == 1:
-            return jax.lax.map(one, rows)
-        split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
-        out = jax.lax.map(jax.vmap(one), split)
-        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+            out = jax.vmap(one)(rows)
+        elif size == 1:
+            out = jax.lax.map(one, rows)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+            out = jax.lax.map(jax.vmap(one), split)
+            out = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+        updates, states, info = out
+        return ravel_clients(updates)[0], states, info
 
     spread = over_devices(train_rows, num_devices)
 
@@ -140,10 +144,14 @@ def largest_divisor(count: int, limit: int) -> int:
 
 
 class Trained(NamedTuple):
-    """A trained cohort: ids ``[k]``, and what its clients gave back, row by row."""
+    """A trained cohort: ids ``[k]``, and what its clients gave back, row by row.
+
+    ``updates`` is one matrix ``[k, d]``: the compiler then has one array to pass on,
+    attack, check and aggregate, and not one for every array of the model.
+    """
 
     ids: Array
-    updates: PyTree
+    updates: Array
     states: PyTree
     info: ClientInfo
 
@@ -227,8 +235,8 @@ def byzantine_places(sim: "Simulation", byzantine: Array, rows: Row) -> Array:
 
 def train_roots(
     sims: Mapping[str, "Simulation"], states: Mapping[str, RoundState], arrays: Arrays
-) -> dict[str, Params]:
-    """The server's own update on its root dataset, for the systems that need one."""
+) -> dict[str, Array]:
+    """The server's own update ``[d]`` on its root data, for systems that need one."""
     needing = {n: s for n, s in sims.items() if "root_update" in s.needs}
     if not needing:
         return {}
@@ -258,6 +266,4 @@ def train_roots(
         ),
     )
     updates, _, _ = train(arrays.root, stacked, rows)
-    return {
-        n: jax.tree.map(lambda x, i=i: x[i], updates) for i, n in enumerate(needing)
-    }
+    return {name: updates[i] for i, name in enumerate(needing)}

@@ -10,7 +10,7 @@ from fedjax_sim.attacks.rows import (
     KNOWLEDGE,
     known_rows,
     mean_over,
-    send_row,
+    replace_rows,
     sending,
     stateless,
 )
@@ -271,7 +271,7 @@ def fang_krum(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree]:
         byzantine = require("fang_krum", context, "byzantine")
-        U, present, unravel = participants(updates, context)
+        U, present, _ = participants(updates, context)
         known = known_rows(present, byzantine, knowledge)
         if colluding:
             start = 1.0 if initial is None else initial
@@ -291,7 +291,7 @@ def fang_krum(
             )
             possible = jnp.any(known)
         crafted = -found.step * found.sign
-        return send_row(crafted, unravel, byzantine & possible, updates), state
+        return replace_rows(lambda u: crafted, byzantine & possible, updates), state
 
     return UpdateAttack(stateless, apply, validate, knowledge, NEEDS, "fang_krum")
 

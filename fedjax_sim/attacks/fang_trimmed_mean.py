@@ -15,9 +15,8 @@ from fedjax_sim.attacks.rows import (
     std_over,
     taking_part,
     unconditional,
-    widen,
 )
-from fedjax_sim.pytrees import ravel_clients, reduce_clients
+from fedjax_sim.pytrees import ravel, reduce_clients
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -27,15 +26,13 @@ SPACES = {"update": "intervals of the updates", "weights": "of the models"}
 WIDTH = 2.0
 
 
-def uniform_rows(key: Array, client_ids: Array, updates: PyTree) -> PyTree:
-    """Independent values uniform in [0, 1) in the shape of the updates, float32.
+def uniform_rows(key: Array, client_ids: Array, size: int) -> Array:
+    """Independent values ``[k, size]`` uniform in [0, 1), float32.
 
     The draw of a row depends on the key and its client id alone.
     """
-    matrix, unravel = ravel_clients(jax.tree.map(widen, updates))
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, client_ids)
-    draw = jax.vmap(lambda k: jax.random.uniform(k, matrix.shape[1:], jnp.float32))
-    return jax.vmap(unravel)(draw(row_keys))
+    return jax.vmap(lambda k: jax.random.uniform(k, (size,), jnp.float32))(row_keys)
 
 
 def beyond_extremes(
@@ -158,30 +155,28 @@ def fang_trimmed_mean(
         byzantine = require("fang_trimmed_mean", context, "byzantine")
         key = require("fang_trimmed_mean", context, "key")
         client_ids = require("fang_trimmed_mean", context, "client_ids")
-        draws = uniform_rows(key, client_ids, updates)
         present = taking_part(updates, context)
         known = known_rows(present, byzantine, knowledge)
         replaced = byzantine & jnp.any(known)
 
-        def against(u: Array, r: Array) -> Array:
+        def against(u: Array) -> Array:
+            r = uniform_rows(key, client_ids, u.shape[1])
             sign = jnp.sign(mean_over(known if colluding else present, u))
             if colluding:
                 return beyond_spread(u, known, sign, r)
             return beyond_extremes(u, known, sign, r, state)
 
         if not in_weights:
-            return replace_rows(against, replaced, updates, draws), state
-        params = jax.tree.map(
-            lambda w: widen(jnp.asarray(w))[None],
-            require("fang_trimmed_mean", context, "params"),
-        )
+            return replace_rows(against, replaced, updates), state
+        w = ravel(require("fang_trimmed_mean", context, "params"))[None]
 
-        def against_model(u: Array, r: Array, w: Array) -> Array:
+        def against_model(u: Array) -> Array:
+            r = uniform_rows(key, client_ids, u.shape[1])
             sign = jnp.sign(mean_over(present, u))
             model = beyond_extremes(w + u, known, sign, r, state)
             return jnp.where(sign == 0, 0.0, model - w)
 
-        return replace_rows(against_model, replaced, updates, draws, params), state
+        return replace_rows(against_model, replaced, updates), state
 
     init = stateless if colluding else remembered(b)
     strength = "" if colluding else "b"

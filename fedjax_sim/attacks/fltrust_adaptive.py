@@ -197,7 +197,7 @@ def fltrust_adaptive(
         byzantine = require("fltrust_adaptive", context, "byzantine")
         client_ids = require("fltrust_adaptive", context, "client_ids")
         key_start, key = jax.random.split(require("fltrust_adaptive", context, "key"))
-        U, present, unravel = participants(updates, context)
+        U, present, _ = participants(updates, context)
         root, length = root_vector("fltrust_adaptive", context)
         root = unit_rows(root)
         honest = known_rows(present, byzantine, "omniscient")
@@ -210,7 +210,7 @@ def fltrust_adaptive(
         along = _dot(U, sign) * per_length
 
         if start == "trim":
-            draws = uniform_rows(key_start, client_ids, U)
+            draws = uniform_rows(key_start, client_ids, U.shape[1])
             rows = beyond_extremes(
                 U, honest, jnp.sign(mean_over(present, U)), draws, WIDTH
             )
@@ -249,8 +249,7 @@ def fltrust_adaptive(
         turns = (passes * num_attackers).astype(jnp.int32)
         rows, _, _ = jax.lax.fori_loop(jnp.int32(0), turns, turn, (rows, ts, bs))
         replaced = byzantine & jnp.any(honest) & (length > 0.0)
-        sent = jax.vmap(unravel)(length * rows)
-        return replace_rows(lambda _, new: new, replaced, updates, sent), state
+        return replace_rows(lambda u: length * rows, replaced, updates), state
 
     return UpdateAttack(
         stateless, apply, unconditional, "omniscient", NEEDS, "fltrust_adaptive"

@@ -1,6 +1,5 @@
 """Free riders: receive the model, contribute nothing."""
 
-import jax
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.gaussian import normal_rows
@@ -9,10 +8,10 @@ from fedjax_sim.attacks.rows import (
     replace_rows,
     stateless,
     unconditional,
-    widen,
 )
+from fedjax_sim.pytrees import ravel
 from fedjax_sim.registry import check_number, lookup, require
-from fedjax_sim.types import PyTree, RoundContext, UpdateAttack
+from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
 NEEDS = {
     "zero": frozenset({"byzantine"}),
@@ -86,11 +85,6 @@ def free_rider(
         )
     needs = NEEDS[mode] | ({"round"} if decay else set())
 
-    def noise(context: RoundContext, like: PyTree) -> PyTree:
-        key = require("free_rider", context, "key")
-        client_ids = require("free_rider", context, "client_ids")
-        return normal_rows(key, client_ids, like)
-
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree]:
@@ -102,16 +96,17 @@ def free_rider(
             if decay:
                 number = require("free_rider", context, "round") + 1
                 std_now = state * jnp.float32(number) ** -decay
-            xi = noise(context, updates)
-            return replace_rows(lambda u, x: std_now * x, byzantine, updates, xi), state
+            key = require("free_rider", context, "key")
+            client_ids = require("free_rider", context, "client_ids")
+
+            def craft(u: Array) -> Array:
+                return std_now * normal_rows(key, client_ids, u.shape[1])
+
+            return replace_rows(craft, byzantine, updates), state
         params = require("free_rider", context, "params")
         previous = require("free_rider", context, "previous_params")
-        change = jax.tree.map(
-            lambda w, v: (widen(jnp.asarray(w)) - widen(jnp.asarray(v)))[None],
-            params,
-            previous,
-        )
-        return replace_rows(lambda u, x: x, byzantine, updates, change), state
+        change = ravel(params) - ravel(previous)
+        return replace_rows(lambda u: change, byzantine, updates), state
 
     init = remembered(std) if noisy else stateless
     strength = "std" if noisy else ""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fedjax_sim.attacks.rows import (
     known_rows,
     mean_over,
-    send_row,
+    replace_rows,
     stateless,
     unconditional,
     unit_rows,
@@ -140,7 +140,7 @@ def mimic(
     ) -> tuple[PyTree, PyTree]:
         byzantine = require("mimic", context, "byzantine")
         ids = require("mimic", context, "client_ids")
-        U, present, unravel = participants(updates, context)
+        U, present, _ = participants(updates, context)
         honest = known_rows(present, byzantine, "omniscient")
         some = jnp.any(honest)
         if fixed:
@@ -161,7 +161,7 @@ def mimic(
                 rounds=state.rounds + learning,
                 target=jnp.where(learning, ids[chosen], state.target),
             )
-        return send_row(U[chosen], unravel, byzantine & some, updates), state
+        return replace_rows(lambda u: U[chosen], byzantine & some, updates), state
 
     init_or_none = stateless if fixed else init
     return UpdateAttack(

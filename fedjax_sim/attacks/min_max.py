@@ -10,7 +10,7 @@ from fedjax_sim.attacks.rows import (
     KNOWLEDGE,
     known_rows,
     mean_over,
-    send_row,
+    replace_rows,
     stateless,
     std_over,
     unconditional,
@@ -211,11 +211,11 @@ def _stealthy(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree]:
         byzantine = require(name, context, "byzantine")
-        U, present, unravel = participants(updates, context)
+        U, present, _ = participants(updates, context)
         known = known_rows(present, byzantine, knowledge)
         g = geometry(U, known, perturbation)
         crafted = g.mean + (step(g) * g.scale) * g.direction
         replaced = byzantine & jnp.any(known)
-        return send_row(crafted, unravel, replaced, updates), state
+        return replace_rows(lambda u: crafted, replaced, updates), state
 
     return UpdateAttack(stateless, apply, unconditional, knowledge, NEEDS, name)

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
-    along,
     remembered,
     replace_rows,
     stateless,
@@ -100,7 +99,7 @@ def model_replacement(
             gammas = jnp.where(bounded, jnp.minimum(gammas, allowed), gammas)
 
         def boost(u: Array) -> Array:
-            return along(gammas, u) * u
+            return gammas[:, None] * u
 
         return replace_rows(boost, byzantine, updates), state
 

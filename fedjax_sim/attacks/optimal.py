@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from fedjax_sim.attacks.line_search import line_maximize
 from fedjax_sim.attacks.rows import (
-    along,
     known_rows,
     mean_over,
     replace_rows,
@@ -16,9 +15,8 @@ from fedjax_sim.attacks.rows import (
     std_over,
     taking_part,
     unconditional,
-    widen,
 )
-from fedjax_sim.pytrees import ravel, safe_norms
+from fedjax_sim.pytrees import ravel, ravel_clients, safe_norms
 from fedjax_sim.registry import check_count, check_number, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -165,25 +163,19 @@ def _optimal(
         known = known_rows(present, byzantine, "omniscient")
         taking = sending(present, byzantine, context)
         replaced = byzantine & jnp.any(known)
-        means = jax.tree.map(lambda u: mean_over(known, widen(u)), updates)
+        U, _ = ravel_clients(updates)
+        mean = mean_over(known, U)
 
         def attacked(strength: Array) -> PyTree:
             return replace_rows(
-                lambda u, mean: craft(u, mean, known, strength),
-                replaced,
-                updates,
-                means,
+                lambda u: craft(u, mean, known, strength), replaced, updates
             )
 
         def harm(strength: Array) -> Array:
             sent = attacked(strength)
-            received = jax.tree.map(
-                lambda u: jnp.where(along(taking, u), u, jnp.nan), sent
-            )
-            moved = jax.tree.map(
-                lambda a, mean: widen(a) - mean[0], aggregate(received), means
-            )
-            distance = safe_norms(ravel(moved))
+            rows, unravel = ravel_clients(sent)
+            received = jax.vmap(unravel)(jnp.where(taking[:, None], rows, jnp.nan))
+            distance = safe_norms(ravel(aggregate(received)) - mean[0])
             usable = jnp.all(taking_part(sent, context) | ~(taking & byzantine))
             return jnp.where(usable & jnp.isfinite(distance), distance, -jnp.inf)
 

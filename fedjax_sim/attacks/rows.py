@@ -1,8 +1,7 @@
 """What the update attacks share: who is known, moments of rows, replacing rows.
 
-Everything but ``norms``, ``unit_rows`` and ``send_row`` works leaf by leaf on the
-stacked pytree. Sums are taken in float32 (or wider if the leaf is), and results go back
-to the leaf's own dtype.
+Rows are replaced in the raveled matrix, in float32; results go back to each leaf's own
+shape and dtype.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.pytrees import finite_rows, reduce_clients, safe_norms
+from fedjax_sim.pytrees import finite_rows, ravel_clients, reduce_clients, safe_norms
 from fedjax_sim.types import Array, Params, PyTree, RoundContext
 
 KNOWLEDGE = {"colluding": "the attackers' own rows", "omniscient": "the honest rows"}
@@ -41,16 +40,6 @@ def remembered(strength: float) -> Callable[[Params, int], Array]:
 
 def unconditional(cohort_size: int, num_byzantine: int) -> None:
     """The ``validate`` of an attack that works with any number of attackers."""
-
-
-def widen(leaf: Array) -> Array:
-    """The leaf in float32, or in its own dtype where that is wider."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def along(rows: Array, leaf: Array) -> Array:
-    """``[k]`` reshaped to ``[k, 1, ...]`` so that it selects whole rows of a leaf."""
-    return rows.reshape(rows.shape + (1,) * (leaf.ndim - 1))
 
 
 def taking_part(updates: PyTree, context: RoundContext) -> Array:
@@ -101,16 +90,15 @@ def std_over(rows: Array, x: Array, mean: Array, ddof: int = 0) -> Array:
 
 
 def replace_rows(
-    craft: Callable[..., Array], rows: Array, updates: PyTree, *others: PyTree
+    craft: Callable[[Array], Array], rows: Array, updates: PyTree
 ) -> PyTree:
-    """The updates with the chosen rows of every leaf replaced, the rest bit-identical.
+    """The updates with the chosen rows replaced, the rest bit-identical.
 
     Args:
-        craft: from a widened leaf ``[k, ...]`` and the leaves of ``others`` to the new
-            rows, ``[k, ...]`` or ``[1, ...]``.
+        craft: from the raveled updates ``[k, d]`` to the new rows, ``[k, d]``, or
+            ``[1, d]`` or ``[d]`` if all send the same.
         rows: ``bool [k]``, the rows to replace.
         updates: stacked pytree.
-        *others: pytrees with the structure of ``updates``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -119,21 +107,9 @@ def replace_rows(
         [[-1.0], [2.0]]
     """
 
-    def replace(leaf: Array, *other_leaves: Array) -> Array:
-        crafted = craft(widen(leaf), *other_leaves).astype(leaf.dtype)
-        return jnp.where(along(rows, leaf), crafted, leaf)
-
-    return jax.tree.map(replace, updates, *others)
-
-
-def send_row(
-    row: Array, unravel: Callable[[Array], PyTree], rows: Array, updates: PyTree
-) -> PyTree:
-    """The updates with one raveled row ``[d]`` in place of the chosen ones.
-
-    ``unravel`` is that of ``pytrees.ravel_clients``.
-    """
-    return replace_rows(lambda _, new: new[None], rows, updates, unravel(row))
+    U, unravel = ravel_clients(updates)
+    crafted = jnp.broadcast_to(craft(U), U.shape)
+    return jax.vmap(unravel)(jnp.where(rows[:, None], crafted, U))
 
 
 def unit_rows(x: Array) -> Array:

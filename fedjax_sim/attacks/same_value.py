@@ -1,16 +1,15 @@
 """Same value: send a model, or an update, whose parameters are all alike."""
 
-import jax
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
     remembered,
     replace_rows,
     unconditional,
-    widen,
 )
+from fedjax_sim.pytrees import ravel
 from fedjax_sim.registry import check_number, lookup, require
-from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
+from fedjax_sim.types import PyTree, RoundContext, UpdateAttack
 
 SPACES = {"update": "c", "weights": "c - w"}
 
@@ -71,15 +70,8 @@ def same_value(value: float = 100.0, space: str = "weights") -> UpdateAttack:
                 replace_rows(lambda u: jnp.full_like(u, state), byzantine, updates),
                 state,
             )
-        params = jax.tree.map(
-            lambda w: widen(jnp.asarray(w))[None],
-            require("same_value", context, "params"),
-        )
-
-        def craft(u: Array, w: Array) -> Array:
-            return state - w
-
-        return replace_rows(craft, byzantine, updates, params), state
+        w = ravel(require("same_value", context, "params"))
+        return replace_rows(lambda u: state - w, byzantine, updates), state
 
     return UpdateAttack(
         remembered(value), apply, unconditional, "own", needs, "same_value", "value"

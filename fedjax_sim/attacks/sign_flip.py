@@ -1,14 +1,7 @@
 """Sign flip: send the opposite of what was learned."""
 
-import jax
-import jax.numpy as jnp
-
-from fedjax_sim.attacks.rows import (
-    remembered,
-    replace_rows,
-    unconditional,
-    widen,
-)
+from fedjax_sim.attacks.rows import remembered, replace_rows, unconditional
+from fedjax_sim.pytrees import ravel
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -72,15 +65,12 @@ def sign_flip(scale: float = 1.0, space: str = "update") -> UpdateAttack:
         byzantine = require("sign_flip", context, "byzantine")
         if not in_weights:
             return replace_rows(lambda u: -state * u, byzantine, updates), state
-        params = jax.tree.map(
-            lambda w: widen(jnp.asarray(w))[None],
-            require("sign_flip", context, "params"),
-        )
+        w = ravel(require("sign_flip", context, "params"))[None]
 
-        def flip_weights(u: Array, w: Array) -> Array:
+        def flip_weights(u: Array) -> Array:
             return -state * u - (1.0 + state) * w
 
-        return replace_rows(flip_weights, byzantine, updates, params), state
+        return replace_rows(flip_weights, byzantine, updates), state
 
     return UpdateAttack(
         remembered(scale), apply, unconditional, "own", needs, "sign_flip", "scale"

@@ -69,8 +69,8 @@ def cohort(seed, n, d, spread=1.0):
 def test_additive_noise(monkeypatch):
     page = inputs("additive/basic")
 
-    def draw(key, client_ids, updates):
-        return jnp.broadcast_to(jnp.array(page["noise"]), updates.shape)
+    def draw(key, client_ids, size):
+        return jnp.broadcast_to(jnp.array(page["noise"]), (len(client_ids), size))
 
     monkeypatch.setattr(module("gaussian"), "normal_rows", draw)
     row = crafted_row(attacks.additive_noise(0.3), [page["u"]], [page["u"]])
@@ -338,7 +338,7 @@ def test_fang_trimmed_mean_equals_the_oracle(case):
     U, w = cohort(4, 9, 8), cohort(5, 1, 8)[0]
     U[:, 3] = 0.0  # no direction
     key = jax.random.key(8)
-    draws = np.asarray(uniform_rows(key, jnp.arange(9), jnp.array(U)))[:3]
+    draws = np.asarray(uniform_rows(key, jnp.arange(9), U.shape[1]))[:3]
     s = np.sign((U[:3] if case == "colluding" else U).astype(np.float64).mean(axis=0))
     if case == "colluding":
         attack = attacks.fang_trimmed_mean(knowledge="colluding")
@@ -536,7 +536,7 @@ def test_fltrust_adaptive_equals_the_oracle(start):
         for v in range(passes)
     ]
     if start == "trim":
-        r = np.asarray(uniform_rows(key_start, jnp.arange(len(U)), jnp.array(U)))
+        r = np.asarray(uniform_rows(key_start, jnp.arange(len(U)), U.shape[1]))
         begin = reference.fang_trim(U[c:], np.sign(U.mean(axis=0)), r[:c])
     else:
         begin = U[:c]

@@ -39,8 +39,8 @@ def test_sign_flip_weights():
 def with_noise(monkeypatch, noise):
     """Feeds the gaussian attack the draws of an example."""
 
-    def draw(key, client_ids, updates):
-        return jnp.broadcast_to(jnp.array(noise), updates.shape)
+    def draw(key, client_ids, size):
+        return jnp.broadcast_to(jnp.array(noise), (len(client_ids), size))
 
     # By way of sys.modules: in the package the function hides the module.
     module = sys.modules["fedjax_sim.attacks.gaussian"]
