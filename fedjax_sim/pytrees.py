@@ -89,6 +89,11 @@ def participants(
     return matrix, mask, unravel
 
 
+def along(rows: Array, leaf: Array) -> Array:
+    """``[k]`` reshaped to ``[k, 1, ...]`` so that it selects whole rows of a leaf."""
+    return rows.reshape(rows.shape + (1,) * (leaf.ndim - 1))
+
+
 def reduce_clients(
     combine: Callable[[Array, Array], Array],
     start: float,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim.pytrees import along
 from fedjax_sim.types import AnyArray, Array, Clients, ClientUpdate, Params, PyTree
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def fresh_state(
     client_states = clients(sim.client_update)
     if sim.byzantine_update is not None:
         client_states = jax.tree.map(
-            lambda own, x: jnp.where(_along(byzantine, x), own, x),
+            lambda own, x: jnp.where(along(byzantine, x), own, x),
             clients(sim.byzantine_update),
             client_states,
         )
@@ -135,11 +136,6 @@ def fresh_state(
         key=key,
         round=round,
     )
-
-
-def _along(rows: Array, leaf: Array) -> Array:
-    """``[k]`` reshaped to ``[k, 1, ...]`` so that it selects whole rows of a leaf."""
-    return rows.reshape(rows.shape + (1,) * (leaf.ndim - 1))
 
 
 def draw_cohort(sim: "Simulation", state: RoundState) -> Array:

@@ -4,9 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_sim.attacks.rows import along
 from fedjax_sim.attacks.samples import check_class, choose, made_for, valid_rows
 from fedjax_sim.attacks.triggers import CORNER, SIZE, VALUE, implant, make_stamp
+from fedjax_sim.pytrees import along
 from fedjax_sim.registry import check_count, check_number, lookup, require
 from fedjax_sim.types import Array, ClientData, DataAttack, RoundContext
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.attacks.rows import along
+from fedjax_sim.pytrees import along
 from fedjax_sim.registry import check_count, check_number, lookup
 from fedjax_sim.types import Array, ClientData
 
