@@ -258,7 +258,7 @@ def _sort_rows(x: Array) -> Array:
         x = jnp.concatenate([x, fill])
     half = 1
     while half < padded:
-        # Merges ascending runs of `half` rows in stages of strides half, half / 2 ... 1,
+        # Merges ascending runs of `half` rows in stages of stride half, half / 2 ... 1,
         # of which the first turns every second run round. Two stages at a time take
         # half as many passes over the cache.
         stride, turn = half, True

@@ -181,9 +181,10 @@ class PreAggregator(NamedTuple):
 
     Attributes:
         apply: ``(U [k, d], mask [k], context) -> (rows [r, d], mixing [r, k], mask
-            [r])``. ``U`` is zero where the mask is False. ``mixing`` says which share
-            of each row came from which client; its rows sum to 1, or to 0 where the
-            new mask is False. A client that takes no part has share 0 everywhere.
+            [r])``. Where the mask is False, ``U`` may hold anything, NaN too, and
+            ``rows`` are zero. ``mixing`` says which share of each row came from which
+            client; its rows sum to 1, or to 0 where the new mask is False. A client
+            that takes no part has share 0 everywhere.
         num_rows: ``(cohort_size) -> r``.
         validate: ``(cohort_size) -> None``, as for an ``Aggregator``.
         per_client: whether row i still belongs to client i, so that a rule with a

@@ -89,7 +89,7 @@ def chain(*steps: PreAggregator | Aggregator) -> Aggregator:
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        rows, mask, unravel = participants(updates, context)
+        rows, mask, unravel = participants(updates, context, zero=False)
         validate(len(rows))
         seen = _flat(context)._replace(mask=mask)
         shares = jnp.diag(mask.astype(jnp.float32))

@@ -66,7 +66,7 @@ def nnm(max_byzantine: int) -> PreAggregator:
         rank = jnp.argsort(jnp.argsort(distances, axis=1), axis=1)
         near = (rank < num_rows - f) & mask[None] & mask[:, None]
         mixing = near / jnp.maximum(num_rows - f, 1)
-        return weighted_sum(mixing, U), mixing, mask
+        return weighted_sum(mixing, U, mask), mixing, mask
 
     return PreAggregator(apply, _as_many, validate, per_client=True, name="nnm")
 
@@ -134,7 +134,7 @@ def bucketing(size: int = 2, weighted: bool = False) -> PreAggregator:
         mixing = jnp.where(place[None] // size == bucket, shares[None], 0.0)
         total = mixing.sum(axis=1, keepdims=True)
         mixing = mixing / jnp.where(total > 0, total, 1.0)
-        return weighted_sum(mixing, U), mixing, total[:, 0] > 0
+        return weighted_sum(mixing, U, mask), mixing, total[:, 0] > 0
 
     needs = frozenset({"key", "num_samples"} if weighted else {"key"})
     return PreAggregator(apply, num_rows, validate, False, needs, "bucketing")
@@ -261,6 +261,7 @@ def _clip_to(
     ) -> tuple[Array, Array, Array]:
         lengths = jnp.linalg.norm(U, axis=1)
         factors = clip_factors(lengths, limit(lengths, mask))
-        return factors[:, None] * U, jnp.diag(mask.astype(jnp.float32)), mask
+        rows = jnp.where(mask[:, None], factors[:, None] * U, 0.0)
+        return rows, jnp.diag(mask.astype(jnp.float32)), mask
 
     return apply
