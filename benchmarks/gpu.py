@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu --data-dir DIR --out gpu.json
 
-Needs jax, flax, optax, numpy and, for the PyTorch loop, torch in one environment.
-Nothing of it has been measured yet: see RESULTS.md.
+Needs what fedjax_sim needs and, for the PyTorch loop, torch in the same environment.
+Every part is written to the file once it is measured. Without a GPU it runs too, in
+float32 alone. No GPU has been measured yet: see RESULTS.md.
 """
 
 import argparse
@@ -30,9 +31,13 @@ LAYERS = {"first": (28, 1, 30), "second": (13, 30, 50)}
 PRECISIONS = ("float32", "tf32", "bf16")
 
 
-def parse() -> argparse.Namespace:
+def parse(args: list[str] | None = None) -> argparse.Namespace:
     """The command line; with argparse, so that nothing has to be installed there."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--clients", type=int, default=100, help="clients side by side (100)")
     add("--rounds", type=int, default=20, help="rounds that are timed (20)")
@@ -40,7 +45,18 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=50, help="steps of a timed convolution (50)")
     add("--data-dir", type=Path, help="folder with idx/mnist/*.gz, for the rounds")
     add("--out", type=Path, default=Path("gpu.json"), help="file of the results")
-    return parser.parse_args()
+    config = parser.parse_args(args)
+    for name in ("clients", "rounds", "epochs", "steps"):
+        if getattr(config, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(config, name)}")
+    if config.data_dir is not None and config.clients < 10:
+        parser.error(
+            "with --data-dir the clients are divided into a group for each of ten "
+            f"digits: --clients must be at least 10; got {config.clients}"
+        )
+    if not config.out.parent.is_dir() or config.out.is_dir():
+        parser.error(f"--out must be a file in a folder that exists; got {config.out}")
+    return config
 
 
 def by_patches(x: Any, kernel: Any) -> Any:
@@ -204,19 +220,25 @@ def source_study(config: argparse.Namespace, data: fs.types.Dataset) -> dict[str
 
 def main() -> None:
     config = parse()
+    data = None
+    if config.data_dir is not None:
+        data = fs.data.load("mnist", data_dir=config.data_dir)
     device = jax.devices()[0]
     found: dict[str, Any] = {
         "device": f"{len(jax.devices())} x {device.device_kind}",
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
-        "sgemm": fedjax_arm.sgemm(),
     }
-    print(found["device"], found["sgemm"], flush=True)
-    found["convolutions"] = convolutions(config)
-    found["training"] = training(config)
-    if config.data_dir is not None:
-        data = fs.data.load("mnist", data_dir=config.data_dir)
-        found["source_study"] = source_study(config, data)
-    config.out.write_text(json.dumps(found, indent=1) + "\n")
+    parts: dict[str, Callable[[], Any]] = {
+        "sgemm": fedjax_arm.sgemm,
+        "convolutions": lambda: convolutions(config),
+        "training": lambda: training(config),
+    }
+    if data is not None:
+        parts["source_study"] = lambda: source_study(config, data)
+    for name, measure in parts.items():
+        found[name] = measure()
+        config.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"results in {config.out}")
 
 
 if __name__ == "__main__":

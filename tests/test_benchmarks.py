@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from benchmarks import client_chunk, report, run, workloads
+from benchmarks import client_chunk, gpu, report, run, workloads
 from benchmarks.arms import fedjax_arm, naive_arm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -103,3 +104,33 @@ def test_the_readme_s_figures_are_those_measured():
         ours = arms["fedjax_sim"]["rate"]
         theirs = report.best_pytorch(arms)
         assert f" {ours:,.0f} | {theirs:,.0f} ({ours / theirs:.1f}x) |" in table
+
+
+def test_the_forms_of_a_convolution_on_a_gpu_agree():
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (2, 7, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    forms = (gpu.by_convolution, gpu.by_patches, gpu.by_both)
+    expected, *others = (
+        jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) ** 2).sum(), (0, 1)))(
+            x, kernel
+        )
+        for f in forms
+    )
+    for found in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
+            found,
+            expected,
+        )
+
+
+def test_the_gpu_s_command_line_refuses_before_it_measures(capsys, tmp_path):
+    for args, words in (
+        (["--steps", "0"], "--steps must be at least 1; got 0"),
+        (["--data-dir", "x", "--clients", "9"], "must be at least 10; got 9"),
+        (["--out", str(tmp_path)], "--out must be a file"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.parse(args)
+        assert words in capsys.readouterr().err
