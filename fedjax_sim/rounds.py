@@ -60,7 +60,9 @@ def finish_round(
     """Attack, aggregation, server step and the round's metrics of one system."""
     ids, rows, client_states, info = trained
     _, unravel = ravel_pytree(state.params)
-    updates = jax.vmap(unravel)(rows)
+    # Attacks and rules ravel what is unraveled here, and XLA drops both, unless it first
+    # joins the cuts into arrays with the cut of this system's rows: hence the barrier.
+    updates = jax.vmap(unravel)(jax.lax.optimization_barrier(rows))
     byzantine = state.byzantine[ids]
     context = RoundContext(
         key=stream(state, ATTACK),
