@@ -8,8 +8,11 @@ in ``fedjax_sim.simulation.default_client_chunk`` are read off its table.
 """
 
 import dataclasses
+import sys
+from typing import Literal
 
 import jax
+import numpy as np
 import tyro
 
 from benchmarks.arms import fedjax_arm
@@ -20,7 +23,11 @@ from fedjax_sim.sharding import usable_cores
 class Config:
     """Times local training for several chunk sizes."""
 
-    models: tuple[str, ...] = ("cnn", "mlp", "digits_cnn")
+    models: tuple[Literal["cnn", "mlp", "digits_cnn"], ...] = (
+        "cnn",
+        "mlp",
+        "digits_cnn",
+    )
     """Networks of the zoo."""
     chunks: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
     """Chunk sizes; each should divide the number of clients of a core."""
@@ -45,7 +52,14 @@ def measure(name: str, chunk: int, config: Config) -> tuple[float, float]:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    prog = "python -m benchmarks.client_chunk"
+    config = tyro.cli(Config, description=__doc__, prog=prog)
+    if not 1 <= config.cores <= usable_cores():
+        sys.exit(f"error: --cores must be from 1 to {usable_cores()}.")
+    for name in ("chunks", "clients", "samples"):
+        least = 10 if name == "samples" else 1  # a batch has ten
+        if min(np.atleast_1d(getattr(config, name))) < least:
+            sys.exit(f"error: --{name} must be at least {least}.")
     print("| model | chunk | compile s | samples/s |\n|---|---|---|---|")
     for name in config.models:
         for chunk in config.chunks:

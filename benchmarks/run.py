@@ -105,6 +105,10 @@ def take_turns(
             if name not in failed:
                 try:
                     found[name].append(call())
+                    print(
+                        f"    {name}: {found[name][-1]['rate']:,.0f} samples/s",
+                        flush=True,
+                    )
                 except ArmError as error:
                     failed[name] = str(error)
     results: dict[str, Result] = {n: {"failed": why} for n, why in failed.items()}
@@ -121,7 +125,6 @@ def take_turns(
                 if key in runs[0]
             },
         }
-        print(f"    {name}: {results[name]['rate']:,.0f} samples/s", flush=True)
     return results
 
 
@@ -297,9 +300,20 @@ def main() -> None:
         sys.exit(f"error: --cores must be from 1 to {usable_cores()}.")
     if config.passes < 1:
         sys.exit(f"error: --passes must be at least 1; got {config.passes}.")
-    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --out must be a folder: {error}")
     path = config.out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if results:
+            results["machine"]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(
+            f"error: {path} is not what an earlier run wrote ({error!r}). Delete it, "
+            "or choose another --out."
+        )
     here = machine() | {"cores": config.cores}
     if results and results["machine"] != here:
         print("the results there are of another machine or other versions: left behind")

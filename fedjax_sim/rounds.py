@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from fedjax_sim.evaluation import Scores, evaluate_systems
 from fedjax_sim.metrics import detection
@@ -59,9 +58,9 @@ def finish_round(
 ) -> tuple[RoundState, History]:
     """Attack, aggregation, server step and the round's metrics of one system."""
     ids, rows, client_states, info = trained
-    _, unravel = ravel_pytree(state.params)
-    # Attacks and rules ravel what is unraveled here, and XLA drops both, unless it first
-    # joins the cuts into arrays with the cut of this system's rows: hence the barrier.
+    _, unravel = ravel_clients(jax.tree.map(lambda w: w[None], state.params))
+    # Attacks and rules ravel what is unraveled here, and XLA drops both. It cannot once
+    # it has joined these cuts with the cut of this system's rows: hence the barrier.
     updates = jax.vmap(unravel)(jax.lax.optimization_barrier(rows))
     byzantine = state.byzantine[ids]
     context = RoundContext(

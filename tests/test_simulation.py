@@ -966,6 +966,32 @@ def test_a_rule_that_breaks_its_contract_is_named(change, message):
         simulate(aggregator=rule_returning(change))
 
 
+@pytest.mark.parametrize("dtypes", ["bb", "hh", "bf"])
+def test_parameters_keep_their_dtypes(dtypes):
+    """All of half precision, where nothing needs casting back, and mixed ones."""
+    kinds = {"b": jnp.bfloat16, "h": jnp.float16, "f": jnp.float32}
+    first, second = (kinds[d] for d in dtypes)
+    model = SHARED["model"]
+
+    def init(key):
+        leaves, tree = jax.tree.flatten(model.init(key))
+        cast = [x.astype(first if i % 2 else second) for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(tree, cast)
+
+    alone = simulate(
+        model=model._replace(init=init),
+        aggregator=fs.aggregators.fltrust(),
+        attack=fs.attacks.alie(),
+        num_byzantine=3,
+        server_optimizer=optax.sgd(1.0, momentum=0.9),
+    ).alone
+    states = alone.init(jax.random.key(0))
+    (after,) = alone.shapes(states, 2, 2)[0].values()
+    (before,) = states.values()
+    kept = jax.tree.map(lambda x, y: x.dtype == y.dtype, before, after)
+    assert all(jax.tree.leaves(kept))
+
+
 def test_an_attack_that_breaks_its_contract_is_named():
     attack = fs.attacks.sign_flip()
 
