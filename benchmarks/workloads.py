@@ -14,6 +14,8 @@ from typing import Any
 BATCH = 10
 LEARNING_RATE = 0.01
 REPEATS = 3
+# Of local training, whose arms take turns several times (`--passes`).
+REPEATS_A_PASS = 1
 
 # Local training: every client takes one epoch of `samples` in batches of ten. MNIST has
 # 600 for each of 100 clients; with so many the CNN would take PyTorch half an hour.

@@ -39,7 +39,7 @@ class MLP(nn.Module):
 
 
 def train(
-    model: str, clients: int, samples: int, repeats: int = workloads.REPEATS
+    model: str, clients: int, samples: int, repeats: int = workloads.REPEATS_A_PASS
 ) -> dict[str, Any]:
     network = MLP() if model == "mlp" else Network(small=model == "digits_cnn")
     key = jax.random.key(0)
