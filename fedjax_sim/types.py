@@ -22,14 +22,21 @@ Params = PyTree
 
 
 class Examples(NamedTuple):
-    """Labelled samples on the host: ``inputs [s, ...]`` and integer ``targets [s]``."""
+    """Labelled samples on the host: ``inputs [s, ...]`` and integer ``targets [s]``.
+
+    Of a ``multilabel`` task ``targets`` are ``[s, L]``, 1 where a sample has the label.
+    """
 
     inputs: AnyArray
     targets: AnyArray
 
 
 class Dataset(NamedTuple):
-    """A data set with its origin. Images are ``uint8 [s, height, width, channels]``."""
+    """A data set with its origin. Images are ``uint8 [s, height, width, channels]``.
+
+    ``task`` is ``classification`` (one label a sample) or ``multilabel`` (any number of
+    the ``L`` labels). ``val`` is the validation part, where the publisher has one.
+    """
 
     name: str
     train: Examples
@@ -38,6 +45,7 @@ class Dataset(NamedTuple):
     source: str
     licence: str
     task: str = "classification"
+    val: Examples | None = None
 
     @property
     def num_classes(self) -> int:
@@ -49,9 +57,10 @@ class ClientData(NamedTuple):
 
     Attributes:
         inputs: ``[m, ...]``, as stored (``uint8`` images stay ``uint8``).
-        targets: ``int32 [m]``.
-        mask: ``bool [m]``, False where a row is padding. Padding comes last. None when
-            no client of the run has padding, so that sizes are static.
+        targets: ``int32 [m]``, or ``[m, L]`` of a multilabel task.
+        mask: ``bool [m]``, False where a row is padding, which comes last, or was left
+            out by a ``ClientDefense``. None when no client of the run has such rows, so
+            that sizes are static.
     """
 
     inputs: Array
@@ -64,7 +73,7 @@ class Clients(NamedTuple):
 
     Attributes:
         inputs: the pool's inputs, ``[P, ...]``.
-        targets: the pool's targets, ``int32 [P]``.
+        targets: the pool's targets, ``int32 [P]``, or ``[P, L]`` of a multilabel task.
         indices: ``int32 [N, m]``, the pool rows of each client; padding holds 0.
         mask: ``bool [N, m]``, False where ``indices`` is padding. Padding comes last.
     """
@@ -114,6 +123,8 @@ class RoundContext(NamedTuple):
             the attacker's own: the server's draws cannot be foreseen.
         rank: ``int32 []``, for a data attack: the number of this attacker among the
             attackers of the run, from 0, so that they can share out the work.
+        features: ``(inputs [b, ...]) -> [b, h]``, the shallow features of samples by
+            the server's model, for client defenses.
     """
 
     key: Array | None = None
@@ -128,6 +139,7 @@ class RoundContext(NamedTuple):
     byzantine: Array | None = None
     aggregate: Callable[[PyTree], PyTree] | None = None
     rank: Array | None = None
+    features: Callable[[Array], Array] | None = None
 
 
 class AggregatorInfo(NamedTuple):
@@ -250,6 +262,35 @@ class DataAttack(NamedTuple):
     validate: Callable[[int], None]
     name: str = "custom"
     trigger: Callable[[Array, Array], tuple[Array, Array, Array]] | None = None
+
+
+class ClientDefense(NamedTuple):
+    """Clients look at their own data before they train, and leave some of it out.
+
+    Attributes:
+        init: ``(mask bool [N, m]) -> state``; the mask says which samples there are.
+        apply: ``(gather, state, context) -> (keep bool [k, m], state, info)`` for the
+            cohort ``context.client_ids``. ``gather(id)`` is the data of any one of the
+            N clients as it has them, poisoned where it is Byzantine: map over clients.
+            A sample takes part where ``keep`` is True and it is no padding; a client
+            without any takes no part in the round. ``info`` holds per-client arrays
+            ``[k]`` by name. ``context.round`` is the same for all seeds, so that a
+            branch on it stays one.
+        needs: names of the ``RoundContext`` fields it cannot do without; there are
+            ``key``, ``params``, ``round``, ``client_ids`` and ``features``.
+        name: as on the command line and in the results.
+        validate: ``(sizes int [N], targets int [P, ...], num_classes) -> None``; raises
+            ValueError where the data do not suit it. Host-side, before any training.
+    """
+
+    init: Callable[[Array], PyTree]
+    apply: Callable[
+        [Callable[[Array], ClientData], PyTree, RoundContext],
+        tuple[Array, PyTree, dict[str, Array]],
+    ]
+    needs: frozenset[str] = frozenset()
+    name: str = "custom"
+    validate: Callable[[np.ndarray, np.ndarray, int], None] = lambda *_: None
 
 
 class ClientInfo(NamedTuple):

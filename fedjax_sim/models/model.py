@@ -38,6 +38,9 @@ class Model(NamedTuple):
         apply: ``(params, inputs [b, ...]) -> outputs [b, L]``; ``uint8`` images arrive
             as they are stored.
         loss: ``(outputs [b, L], targets [b]) -> [b]``, per example.
+        features: ``(params, inputs [b, ...]) -> [b, h]``, what the first block of the
+            model makes of them, flattened, for client defenses that look at shallow
+            features; None where the model has none.
 
     Example:
         >>> from fedjax_sim.models import mlp
@@ -50,6 +53,7 @@ class Model(NamedTuple):
     init: Callable[[Array], Params]
     apply: Callable[[Params, Array], Array]
     loss: Callable[[Array, Array], Array] = softmax_cross_entropy
+    features: Callable[[Params, Array], Array] | None = None
 
     @staticmethod
     def from_linen(
