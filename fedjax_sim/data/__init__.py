@@ -1,7 +1,7 @@
 """Data sets, and dividing them among clients."""
 
 from fedjax_sim.data.catalog import DATASETS, load
-from fedjax_sim.data.federation import clients_from_indices, federate
+from fedjax_sim.data.federation import clients_from_indices, federate, hold_out
 from fedjax_sim.data.partition import (
     PARTITIONS,
     Partition,
@@ -18,6 +18,7 @@ __all__ = [
     "clients_from_indices",
     "dirichlet",
     "federate",
+    "hold_out",
     "iid",
     "label_bias",
     "load",

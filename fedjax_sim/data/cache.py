@@ -26,11 +26,22 @@ def cached(name: str, key: str, decode: Callable[[], Dataset]) -> Dataset:
 
     A copy that cannot be read is rebuilt, and a copy that cannot be written is done
     without; each with a warning.
+
+    Raises:
+        ValueError: the data set has what a copy does not keep: another task than
+            classification, or a validation part.
     """
     dataset = read(name, key)
     if dataset is None:
         logger.info("decoding %s; later loads use the decoded copy", name)
         dataset = decode()
+        if dataset.task != "classification" or dataset.val is not None:
+            part = "no validation part" if dataset.val is None else "a validation part"
+            raise ValueError(
+                "a decoded copy keeps a classification set without a validation part; "
+                f"got {name} with task {dataset.task!r} and {part}. Load it without "
+                "the cache."
+            )
         _write(dataset, decoded_path(name, key))
     return dataset
 

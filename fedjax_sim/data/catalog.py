@@ -1,10 +1,11 @@
 """Every data set by the name it has in code, on the command line and in results."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fedjax_sim.data import images, tfds
+from fedjax_sim.data import images, medmnist, tfds
 from fedjax_sim.data.sources import resolve_data_dir
 from fedjax_sim.registry import check_type, lookup
 from fedjax_sim.types import Dataset
@@ -13,6 +14,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "digits": images.digits,
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
+    **{spec.name: functools.partial(medmnist.load, spec) for spec in medmnist.SETS},
 }
 
 
@@ -24,18 +26,24 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     cache folder (``$FEDJAX_SIM_CACHE``) under the checksum of the source and serves
     every later load. Without a source, a decoded copy of the official files is used if
     there is one; otherwise the source is downloaded into ``data_dir`` and its checksums
-    compared. ``Dataset.source`` says which source it was.
+    compared. A set of MedMNIST is read from ``medmnist/<name>.npz`` itself, without a
+    copy. ``Dataset.source`` says which source it was.
 
     Args:
         name: ``digits`` (8x8, comes with scikit-learn, needs no files), ``mnist``,
-            ``fashion_mnist``, or ``tfds:<name>[/<config>][:<version>]`` for any
-            image-classification set of TensorFlow Datasets, such as ``tfds:cifar10``.
+            ``fashion_mnist``; of MedMNIST v2 ``pathmnist``, ``chestmnist`` (14 labels),
+            ``dermamnist``, ``octmnist``, ``pneumoniamnist``, ``retinamnist``,
+            ``breastmnist``, ``bloodmnist``, ``tissuemnist``, ``organamnist``,
+            ``organcmnist``, ``organsmnist``; or ``tfds:<name>[/<config>][:<version>]``
+            for any image-classification set of TensorFlow Datasets, such as
+            ``tfds:cifar10``.
         data_dir: folder with the sources; by default ``$FEDJAX_SIM_DATA``, else
             ``data`` in the user's cache folder. Decoded copies are never written to it.
 
     Returns:
         A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs and ``int32
-        [s]`` targets.
+        [s]`` targets, or ``int32 [s, L]`` of a multilabel set. ``val`` is the
+        validation part of a set of MedMNIST, else None.
 
     Raises:
         TypeError: the name is no text.

@@ -7,8 +7,8 @@ import numpy as np
 
 from fedjax_sim.data.partition import Partition
 from fedjax_sim.data.root import draw_root
-from fedjax_sim.registry import check_count, check_type
-from fedjax_sim.types import Clients, Dataset, Examples
+from fedjax_sim.registry import check_count, check_number, check_type
+from fedjax_sim.types import Array, Clients, Dataset, Examples
 
 
 def federate(
@@ -27,12 +27,13 @@ def federate(
     out. A client's samples are in random order.
 
     Args:
-        data: a classification data set; only ``data.train`` is used.
+        data: a classification data set, or a multilabel one with a partition that does
+            not look at labels (``iid``); only ``data.train`` is used.
         num_clients: ``N``.
         partition: how to divide, such as ``label_bias(0.5)``.
         root_size: samples of the server's root dataset; 0 for none.
         root_bias: share of ``root_class`` in the root dataset, in [0, 1]; None draws
-            uniformly from all samples. See ``draw_root``.
+            uniformly from all samples, as multilabel data need it. See ``draw_root``.
         root_class: the class that ``root_bias`` is about.
         seed: same seed, same division. The NumPy generator is seeded with it.
 
@@ -43,7 +44,8 @@ def federate(
     Raises:
         TypeError: ``data`` or ``partition`` is something else, or a number no integer.
         ValueError: numbers that cannot be met (a root dataset larger than the data,
-            more clients than samples, a client left without samples).
+            more clients than samples, a client left without samples), or a division
+            by class of data that have no one class a sample.
 
     Example:
         >>> from fedjax_sim.data import label_bias, load
@@ -54,11 +56,21 @@ def federate(
     check_type("data", data, Dataset, "Load it: fs.data.load('digits').")
     check_type("partition", partition, Partition, "Make one: fs.data.iid().")
     targets = np.asarray(data.train.targets)
-    if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+    multilabel = data.task == "multilabel"
+    num_axes = 2 if multilabel else 1
+    if targets.ndim != num_axes or not np.issubdtype(targets.dtype, np.integer):
         raise ValueError(
-            "federate divides samples by class: it needs one integer label per sample; "
-            f"got targets of shape {targets.shape} and type {targets.dtype}. Use "
-            "clients_from_indices with a division of your own."
+            "federate needs one integer label per sample, or a row of 0 and 1 per "
+            f"sample of a multilabel task; got task {data.task!r} with targets of "
+            f"shape {targets.shape} and type {targets.dtype}. Use clients_from_indices "
+            "with a division of your own."
+        )
+    if multilabel and (partition.by_class or root_bias is not None):
+        what = f"partition {partition.name!r}" if partition.by_class else "root_bias"
+        raise ValueError(
+            f"{what} goes by class: it needs one label per sample; got the multilabel "
+            f"{data.name} with targets of shape {targets.shape}. Use iid() without "
+            "root_bias, or clients_from_indices with a division of your own."
         )
     num_clients = check_count("num_clients", num_clients, 1)
     if not 0 <= root_class < data.num_classes:
@@ -125,6 +137,63 @@ def clients_from_indices(
     return _clients(examples, rows, owners, len(indices))
 
 
+def hold_out(
+    clients: Clients, share: float = 0.2, seed: int = 0
+) -> tuple[Clients, Clients]:
+    """Splits every client's samples into those it trains on and those it is tested on.
+
+    Client i keeps ``round(share * |D_i|)`` of its samples for evaluation, drawn
+    uniformly at random (half a sample is rounded to the even number). Samples keep
+    their order within a client, and the pool is not copied.
+
+    Args:
+        clients: as from ``federate`` or ``clients_from_indices``.
+        share: of a client's samples that is held out, in (0, 1).
+        seed: same seed, same samples. The NumPy generator is seeded with it.
+
+    Returns:
+        The ``Clients`` with the samples for training, and the same clients with the
+        samples held out.
+
+    Raises:
+        TypeError: ``clients`` is something else, or ``share`` no number.
+        ValueError: ``share`` is outside (0, 1), or a client is too small to have a
+            sample on either side.
+
+    Example:
+        >>> pool = Examples(np.zeros((9, 2)), np.zeros(9, int))
+        >>> clients = clients_from_indices(pool, [[0, 1, 2, 3, 4, 5], [6, 7, 8]])
+        >>> train, held_out = hold_out(clients, share=1 / 3)
+        >>> train.sizes().tolist(), held_out.sizes().tolist()
+        ([4, 2], [2, 1])
+    """
+    check_type("clients", clients, Clients, "Make them: fs.data.federate(...).")
+    share = check_number("share", share, 0, 1)
+    mask = np.asarray(clients.mask)
+    sizes = mask.sum(axis=1)
+    num_held = np.rint(share * sizes).astype(int)
+    failing = np.flatnonzero((num_held == 0) | (num_held == sizes))
+    if failing.size:
+        first = failing[0]
+        raise ValueError(
+            "hold_out needs a sample to hold out and one to train on of every client; "
+            f"got share={share} for {failing.size} of {len(sizes)} clients that are "
+            f"too small for it, the first of them client {first} with {sizes[first]} "
+            f"samples, {num_held[first]} of them to hold out. Change share, or give "
+            "every client more samples."
+        )
+    # The samples of a client with the smallest random keys are held out.
+    keys = np.random.default_rng(seed).random(mask.shape)
+    order = np.where(mask, keys, 1.0).argsort(axis=1)  # padding last
+    held = np.empty_like(mask)
+    np.put_along_axis(held, order, np.arange(mask.shape[1]) < num_held[:, None], axis=1)
+    rows = np.asarray(clients.indices)
+    train = _table(rows[mask & ~held], sizes - num_held)
+    held_out = _table(rows[held], num_held)
+    inputs, targets = clients.inputs, clients.targets
+    return Clients(inputs, targets, *train), Clients(inputs, targets, *held_out)
+
+
 def _clients(
     pool: Examples, rows: np.ndarray, owners: np.ndarray, num_clients: int
 ) -> Clients:
@@ -137,12 +206,18 @@ def _clients(
             f"clients, the first of them client {empty[0]}. Lower num_clients, or use "
             "another seed or a partition with less variable sizes."
         )
-    mask = np.arange(sizes.max()) < sizes[:, None]
-    indices = np.zeros(mask.shape, np.int32)
-    indices[mask] = rows[np.argsort(owners, kind="stable")]
+    indices, mask = _table(rows[np.argsort(owners, kind="stable")], sizes)
     return Clients(
         inputs=jnp.asarray(pool.inputs),
         targets=jnp.asarray(pool.targets, dtype=jnp.int32),
-        indices=jnp.asarray(indices),
-        mask=jnp.asarray(mask),
+        indices=indices,
+        mask=mask,
     )
+
+
+def _table(rows: np.ndarray, sizes: np.ndarray) -> tuple[Array, Array]:
+    """``indices`` and ``mask`` of ``Clients`` from the rows of one after the other."""
+    mask = np.arange(sizes.max()) < sizes[:, None]
+    indices = np.zeros(mask.shape, np.int32)
+    indices[mask] = rows
+    return jnp.asarray(indices), jnp.asarray(mask)

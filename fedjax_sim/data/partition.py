@@ -23,17 +23,20 @@ class Partition(NamedTuple):
         assign: ``(rng, targets int [s], num_clients, num_classes) -> int [s]``, the
             client of every sample, -1 for a sample that nobody gets. Raises ValueError
             where the rule has no meaning for these numbers.
+        by_class: whether the rule looks at the label of a sample. If not, it divides
+            multilabel data too, with targets ``int [s, L]``.
     """
 
     name: str
     assign: Callable[[np.random.Generator, np.ndarray, int, int], np.ndarray]
+    by_class: bool = True
 
 
 def iid() -> Partition:
     """Every client gets a uniform random sample of the data.
 
     ``|D_i| = s / N``, rounded up for some clients and down for the others. No sample is
-    left over.
+    left over. Labels play no part: multilabel data are divided the same way.
 
     Returns:
         A ``Partition``.
@@ -53,7 +56,7 @@ def iid() -> Partition:
     ) -> np.ndarray:
         return rng.permutation(np.arange(len(targets)) % num_clients)
 
-    return Partition("iid", assign)
+    return Partition("iid", assign, by_class=False)
 
 
 def dirichlet(alpha: float, min_size: int = 10) -> Partition:

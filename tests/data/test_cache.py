@@ -97,3 +97,16 @@ def test_a_failed_write_leaves_nothing(cache_folder, monkeypatch):
     with pytest.warns(UserWarning, match="No space left"):
         cache.cached("tfds:a/b", "k", make)
     assert list((cache_folder / "decoded").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"task": "multilabel"}, "task 'multilabel' and no validation part"),
+        ({"val": make().test}, "task 'classification' and a validation part"),
+    ],
+)
+def test_what_a_copy_does_not_keep_is_refused(cache_folder, extra, message):
+    with pytest.raises(ValueError, match=message):
+        cache.cached("set", "k", lambda: make()._replace(**extra))
+    assert not cache_folder.exists()

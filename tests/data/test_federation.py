@@ -10,6 +10,7 @@ from fedjax_sim.data import (
     clients_from_indices,
     dirichlet,
     federate,
+    hold_out,
     iid,
     label_bias,
     shards,
@@ -130,12 +131,139 @@ def test_refuses_other_types(labelled, options, message):
         federate(**settings)
 
 
-@pytest.mark.parametrize("targets", [np.zeros((100, 3), int), np.zeros(100)])
-def test_refuses_what_is_not_classification(labelled, targets):
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        ("classification", np.zeros((100, 3), int)),
+        ("classification", np.zeros(100)),
+        ("series", np.zeros((100, 3))),
+        ("multilabel", np.zeros(100, int)),
+        ("multilabel", np.zeros((100, 3))),
+    ],
+)
+def test_refuses_targets_that_do_not_fit_the_task(labelled, task, targets):
     data = labelled(100)
-    data = data._replace(train=data.train._replace(targets=targets))
-    with pytest.raises(ValueError, match="one integer label per sample"):
+    data = data._replace(train=data.train._replace(targets=targets), task=task)
+    with pytest.raises(ValueError, match="one integer label per sample") as caught:
         federate(data, 10, iid())
+    assert f"task {task!r}" in str(caught.value)
+    assert "clients_from_indices" in str(caught.value)
+
+
+class TestMultilabel:
+    @pytest.fixture
+    def multilabel(self, labelled):
+        """Sample i has the binary digits of i as its labels."""
+        data = labelled(100, 7)
+        targets = (np.arange(100)[:, None] >> np.arange(7)[None] & 1).astype(np.int32)
+        train = data.train._replace(targets=targets)
+        return data._replace(train=train, task="multilabel", name="chest")
+
+    def test_iid_divides_as_for_single_labels(self, labelled, multilabel):
+        clients, root = federate(multilabel, 6, iid(), root_size=10, seed=3)
+        single, single_root = federate(labelled(100), 6, iid(), root_size=10, seed=3)
+        np.testing.assert_array_equal(clients.indices, single.indices)
+        np.testing.assert_array_equal(clients.mask, single.mask)
+        np.testing.assert_array_equal(root.inputs, single_root.inputs)
+        np.testing.assert_array_equal(
+            root.targets @ 2 ** np.arange(7), root.inputs.T[0]
+        )
+        assert clients.targets.shape == (100, 7)
+        assert clients.targets.dtype == jnp.int32
+        cohort = clients.gather(jnp.array([5, 0]))
+        numbers = np.asarray(cohort.targets) @ 2 ** np.arange(7)
+        np.testing.assert_array_equal(numbers, cohort.inputs[..., 0])
+
+    @pytest.mark.parametrize(
+        "partition",
+        [*PARTITIONS[1:], Partition("mine", lambda rng, targets, *_: targets)],
+        ids=lambda p: p.name,
+    )
+    def test_refuses_to_divide_by_class(self, multilabel, partition):
+        message = f"partition '{partition.name}' goes by class: it needs one label per"
+        with pytest.raises(ValueError, match=message) as caught:
+            federate(multilabel, 5, partition)
+        for part in ("multilabel chest", "(100, 7)", "iid()", "clients_from_indices"):
+            assert part in str(caught.value)
+
+    def test_refuses_a_biased_root(self, multilabel):
+        with pytest.raises(ValueError, match="root_bias goes by class") as caught:
+            federate(multilabel, 5, iid(), root_size=10, root_bias=0.5)
+        assert "Use iid() without root_bias, or clients_from_ind" in str(caught.value)
+
+
+class TestHoldOut:
+    @pytest.fixture
+    def clients(self):
+        """50 clients with 2 to 40 samples, some of them shared."""
+        rng = np.random.default_rng(0)
+        rows = [rng.choice(500, rng.integers(2, 41), replace=False) for _ in range(50)]
+        rows[7], rows[8] = rows[7][:1].repeat(2), np.arange(40)
+        targets = np.arange(500)[:, None] * np.ones(3, int)[None]
+        return clients_from_indices(Examples(np.arange(500.0), targets), rows)
+
+    @pytest.mark.parametrize("share", [0.3, 0.5])
+    def test_every_client_is_split(self, clients, share):
+        train, held_out = hold_out(clients, share, seed=1)
+        for part in (train, held_out):
+            assert part.inputs is clients.inputs
+            assert part.targets is clients.targets
+            assert part.indices.dtype == jnp.int32
+            assert part.mask.shape == part.indices.shape
+            assert part.mask.shape[1] == part.sizes().max()
+            assert (np.asarray(part.indices)[~np.asarray(part.mask)] == 0).all()
+        tables = [
+            (np.asarray(part.indices), np.asarray(part.mask))
+            for part in (clients, train, held_out)
+        ]
+        for i in range(50):
+            samples, kept, held = (rows[i][mask[i]].tolist() for rows, mask in tables)
+            assert tables[1][1][i, : len(kept)].all()  # padding comes last
+            assert tables[2][1][i, : len(held)].all()
+            assert len(held) == round(share * len(samples)) > 0
+            assert len(kept) > 0
+            assert sorted(kept + held) == sorted(samples)
+            for part in (kept, held):  # in the order they had
+                assert part == sorted(part, key=samples.index)
+
+    def test_samples_are_drawn_uniformly(self):
+        table = np.arange(4000 * 10).reshape(4000, 10)
+        clients = clients_from_indices(Examples(table.ravel(), table.ravel()), table)
+        _, held_out = hold_out(clients)  # 2 of 10
+        places = np.asarray(held_out.indices) % 10
+        pairs = np.zeros((10, 10), int)
+        np.add.at(pairs, tuple(places.T), 1)
+        # Each of 45 pairs in 4000 / 45 = 89 clients, standard deviation 9.3.
+        assert (np.abs(pairs[np.triu_indices(10, 1)] - 4000 / 45) < 4 * 9.3).all()
+
+    def test_seed(self, clients):
+        first, again, other = (
+            np.asarray(hold_out(clients, 0.3, seed)[0].indices) for seed in (1, 1, 2)
+        )
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
+
+    def test_a_client_too_small_is_named(self):
+        pool = Examples(np.arange(20), np.arange(20))
+        clients = clients_from_indices(pool, [range(9), range(9, 11), range(11, 12)])
+        message = (
+            "share=0.2 for 2 of 3 clients .* client 1 with 2 samples, 0 of them to hold"
+        )
+        with pytest.raises(ValueError, match=message):
+            hold_out(clients, 0.2)
+        with pytest.raises(ValueError, match="client 2 with 1 samples, 1 of them"):
+            hold_out(clients, 0.6)
+
+    @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+    def test_share_is_checked(self, clients, share):
+        with pytest.raises(
+            ValueError, match=r"share must be a finite number in \(0, 1"
+        ):
+            hold_out(clients, share)
+
+    def test_type_is_checked(self, labelled):
+        with pytest.raises(TypeError, match="clients must be of type Clients"):
+            hold_out(labelled(10))
 
 
 class TestClientsFromIndices:

@@ -121,7 +121,7 @@ def test_data_dir_is_never_written_when_it_holds_the_source(idx_set):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mnits", "Did you mean 'mnist'. Valid: digits, fashion_mnist, mnist, tfds:<"),
+        ("mnits", "Did you mean 'mnist'. Valid: bloodmnist, .*, mnist, .*, tfds:<"),
         ("tfds", "unknown data set 'tfds'"),
         ("", "unknown data set ''"),
     ],
