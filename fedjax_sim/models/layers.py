@@ -15,11 +15,13 @@ from fedjax_sim.types import Array
 LANES = 16
 
 
-def patches(x: Array, height: int, width: int) -> Array:
+def patches(
+    x: Array, height: int, width: int, strides: tuple[int, int] = (1, 1)
+) -> Array:
     """Sliding windows of ``x [b, h, w, c]``: ``[b, h', w', height * width * c]``.
 
-    ``h' = h - height + 1``; the last axis runs over (row, column, channel), as the
-    first three axes of a flax convolution kernel do. Built from shifted slices:
+    ``h' = (h - height) // stride + 1``; the last axis runs over (row, column, channel),
+    as the first three axes of a flax convolution kernel do. Built from shifted slices:
     ``lax.conv_general_dilated_patches`` is itself a convolution.
 
     Example:
@@ -27,8 +29,11 @@ def patches(x: Array, height: int, width: int) -> Array:
         [0.0, 1.0, 3.0, 4.0]
     """
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
+    down, right = strides
     windows = [
-        x[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)
+        x[:, i : i + rows : down, j : j + columns : right]
+        for i in range(height)
+        for j in range(width)
     ]
     return jnp.concatenate(windows, axis=-1)
 
@@ -142,14 +147,21 @@ def _kept(size: int, kernel: int) -> int:
     return (size - kernel + 1) // 2 * 2
 
 
+def _same(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after one axis, so that ``ceil(size / stride)`` windows fit."""
+    windows = -(-size // stride)
+    missing = max((windows - 1) * stride + kernel - size, 0)
+    return missing // 2, missing - missing // 2
+
+
 conv_pool.defvjp(_conv_pool_forward, _conv_pool_backward)
 
 
 class Conv(nn.Module):
-    """Stride-1 convolution: ``y = sum_ij x[i, j] K[i, j] + b``, as one matrix product.
+    """Convolution: ``y = sum_ij x[i, j] K[i, j] + b``, as one matrix product.
 
-    A drop-in for ``flax.linen.Conv(features, kernel_size, padding=padding)``: the same
-    parameter names, shapes and initialisation, equal outputs and gradients.
+    A drop-in for ``flax.linen.Conv`` with the same arguments: the same parameter names,
+    shapes and initialisation, equal outputs and gradients.
 
     With ``pool=True`` it computes ``relu(max_pool(x * K + b))``; see ``conv_pool``.
 
@@ -163,6 +175,8 @@ class Conv(nn.Module):
         spare: append channels of zeros up to the next multiple of 16, for a following
             convolution that is told by ``in_features``. Whole vectors are faster, and
             as zeros meet zero weights, outputs and gradients are the same.
+        strides: (down, right); (1, 1) where ``pool``.
+        use_bias: whether there is a b.
     """
 
     features: int
@@ -171,6 +185,8 @@ class Conv(nn.Module):
     pool: bool = False
     in_features: int | None = None
     spare: bool = False
+    strides: tuple[int, int] = (1, 1)
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -178,22 +194,30 @@ class Conv(nn.Module):
             raise ValueError(
                 f"Conv padding is 'VALID' or 'SAME'; got {self.padding!r}."
             )
+        if self.pool and self.strides != (1, 1):
+            raise ValueError(
+                f"Conv with pool=True has strides (1, 1); got {self.strides}. Leave "
+                "out one of the two."
+            )
         height, width = self.kernel_size
         channels = x.shape[-1] if self.in_features is None else self.in_features
         shape = (height, width, channels, self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        else:
+            bias = jnp.zeros(self.features)
         if self.padding == "SAME":
-            above, left = (height - 1) // 2, (width - 1) // 2
-            pads = [(0, 0), (above, height - 1 - above), (left, width - 1 - left)]
-            x = jnp.pad(x, [*pads, (0, 0)])
+            rows = _same(x.shape[1], height, self.strides[0])
+            columns = _same(x.shape[2], width, self.strides[1])
+            x = jnp.pad(x, [(0, 0), rows, columns, (0, 0)])
         more_out = -self.features % LANES if self.spare else 0
         more_in = x.shape[-1] - channels
         kernel = jnp.pad(kernel, [(0, 0), (0, 0), (0, more_in), (0, more_out)])
         bias = jnp.pad(bias, (0, more_out))
         if self.pool:
             return conv_pool(x, kernel, bias)
-        windows = patches(x, height, width)
+        windows = patches(x, height, width, self.strides)
         out = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, len(bias))
         return out.reshape(*windows.shape[:3], -1) + bias.reshape(1, 1, 1, -1)
 
@@ -201,3 +225,23 @@ class Conv(nn.Module):
 def to_float(x: Array) -> Array:
     """``uint8`` images to float32 in [0, 1]; anything else passes as it is."""
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
+
+
+def check_images(name: str, shape: tuple[int, ...], smallest: int, use: str) -> None:
+    """Refuses a shape that is not (height, width, channels), or too small a one.
+
+    Raises:
+        ValueError: with the smallest side of ``name`` and the model to ``use`` instead.
+
+    Example:
+        >>> check_images("cnn", (8, 8, 1), smallest=10, use="digits_cnn")
+        Traceback (most recent call last):
+        ...
+        ValueError: cnn needs images (height, width, channels) of at least 10 by 10; \
+got input_shape=(8, 8, 1). Use fs.models.digits_cnn.
+    """
+    if len(shape) != 3 or min(shape[:2]) < smallest:
+        raise ValueError(
+            f"{name} needs images (height, width, channels) of at least {smallest} by "
+            f"{smallest}; got input_shape={tuple(shape)}. Use fs.models.{use}."
+        )

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from fedjax_sim.models.layers import to_float
+from fedjax_sim.registry import lookup
 from fedjax_sim.types import Array, Params
 
 _WHY = (
@@ -30,6 +31,25 @@ def softmax_cross_entropy(outputs: Array, targets: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
 
 
+def sigmoid_cross_entropy(outputs: Array, targets: Array) -> Array:
+    """Mean over the labels of the binary cross-entropy, per example.
+
+    ``-1/L sum_l t_l log sigmoid(o_l) + (1 - t_l) log(1 - sigmoid(o_l))``
+
+    Args:
+        outputs: logits, ``float32 [b, L]``.
+        targets: ``[b, L]``, 1 where the example has the label and 0 elsewhere.
+
+    Returns:
+        ``float32 [b]``.
+
+    Example:
+        >>> sigmoid_cross_entropy(jnp.zeros((2, 3)), jnp.eye(2, 3)).round(4).tolist()
+        [0.6930999755859375, 0.6930999755859375]
+    """
+    return optax.sigmoid_binary_cross_entropy(outputs, targets).mean(axis=-1)
+
+
 class Model(NamedTuple):
     """A model as three pure functions over a parameter pytree.
 
@@ -37,7 +57,8 @@ class Model(NamedTuple):
         init: ``(key) -> params``.
         apply: ``(params, inputs [b, ...]) -> outputs [b, L]``; ``uint8`` images arrive
             as they are stored.
-        loss: ``(outputs [b, L], targets [b]) -> [b]``, per example.
+        loss: ``(outputs [b, L], targets [b]) -> [b]``, per example; ``targets [b, L]``
+            where the task is multilabel.
         features: ``(params, inputs [b, ...]) -> [b, h]``, what the first block of the
             model makes of them, flattened, for client defenses that look at shallow
             features; None where the model has none.
@@ -60,6 +81,7 @@ class Model(NamedTuple):
         module: nn.Module,
         input_shape: tuple[int, ...],
         loss: Callable[[Array, Array], Array] = softmax_cross_entropy,
+        features: str | None = None,
     ) -> "Model":
         """A ``flax.linen`` module whose call takes a float batch and nothing else.
 
@@ -67,10 +89,14 @@ class Model(NamedTuple):
             module: the module; ``uint8`` inputs reach it as float32 in [0, 1].
             input_shape: shape of one input, without the batch axis.
             loss: per-example loss.
+            features: name of the submodule whose output is ``Model.features``, such as
+                ``"Conv_0"``, or ``"head/Dense_0"`` for one within another; where it is
+                called more than once, its first output counts. Under jit, what comes
+                after it is not computed.
 
         Raises:
             ValueError: the module holds BatchNorm, Dropout, or any variable collection
-                besides ``params``.
+                besides ``params``; or none of its submodules has the name ``features``.
 
         Example:
             >>> import flax.linen as nn
@@ -79,18 +105,22 @@ class Model(NamedTuple):
             (4, 3)
         """
         where = f"linen module {type(module).__name__}"
+        submodules: dict[str, tuple[str, ...]] = {}
 
-        def refuse(next_call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        def inspect(next_call: Callable, args: Any, kwargs: Any, context: Any) -> Any:
             if isinstance(context.module, nn.BatchNorm):
                 raise ValueError(_NO_BATCH_NORM.format(where=where))
             if isinstance(context.module, nn.Dropout):
                 raise ValueError(_NO_DROPOUT.format(where=where))
+            path = context.module.path
+            if path and context.method_name == "__call__":
+                submodules["/".join(path)] = path
             return next_call(*args, **kwargs)
 
         def variables(key: Array) -> Mapping[str, Any]:
             return module.init(key, jnp.zeros((1, *input_shape), jnp.float32))
 
-        with nn.intercept_methods(refuse):
+        with nn.intercept_methods(inspect):
             collections = set(jax.eval_shape(variables, jax.random.key(0)))
         if collections != {"params"}:
             raise ValueError(
@@ -102,12 +132,33 @@ class Model(NamedTuple):
             outputs: Any = module.apply({"params": params}, to_float(inputs))
             return outputs
 
-        return Model(init=lambda key: variables(key)["params"], apply=apply, loss=loss)
+        def init(key: Array) -> Params:
+            return variables(key)["params"]
+
+        if features is None:
+            return Model(init, apply, loss)
+        wanted = lookup(f"submodule of {where}", features, submodules)
+
+        def shallow(params: Params, inputs: Array) -> Array:
+            _, captured = module.apply(
+                {"params": params},
+                to_float(inputs),
+                capture_intermediates=lambda part, method: (
+                    part.path == wanted and method == "__call__"
+                ),
+            )
+            found: Any = captured["intermediates"]
+            for name in wanted:
+                found = found[name]
+            return _flat(found["__call__"][0])
+
+        return Model(init, apply, loss, shallow)
 
     @staticmethod
     def from_nnx(
         build: Callable[[nnx.Rngs], nnx.Module],
         loss: Callable[[Array, Array], Array] = softmax_cross_entropy,
+        features: Callable[[Any, Array], Array] | None = None,
     ) -> "Model":
         """A ``flax.nnx`` module, given by the function that builds it from ``Rngs``.
 
@@ -115,6 +166,8 @@ class Model(NamedTuple):
             build: such as ``lambda rngs: nnx.Linear(4, 3, rngs=rngs)``; its call takes
                 a float batch (``uint8`` inputs reach it as float32 in [0, 1]).
             loss: per-example loss.
+            features: ``(module, float inputs [b, ...]) -> [b, ...]``, flattened to make
+                ``Model.features``, such as ``lambda net, x: nnx.relu(net.first(x))``.
 
         Raises:
             ValueError: the module holds BatchNorm, Dropout, or any state besides
@@ -144,9 +197,48 @@ class Model(NamedTuple):
         def init(key: Array) -> Params:
             return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))
 
-        def apply(params: Params, inputs: Array) -> Array:
+        def with_params(params: Params) -> Any:
             state = nnx.State(shapes)
             nnx.replace_by_pure_dict(state, params)
-            return nnx.merge(graph, state)(to_float(inputs))
+            return nnx.merge(graph, state)
 
-        return Model(init, apply, loss)
+        def apply(params: Params, inputs: Array) -> Array:
+            return with_params(params)(to_float(inputs))
+
+        if features is None:
+            return Model(init, apply, loss)
+
+        def shallow(params: Params, inputs: Array) -> Array:
+            return _flat(features(with_params(params), to_float(inputs)))
+
+        return Model(init, apply, loss, shallow)
+
+
+_LOSSES = {
+    "classification": softmax_cross_entropy,
+    "multilabel": sigmoid_cross_entropy,
+}
+
+
+def for_task(model: Model, task: str) -> Model:
+    """The same model with the loss of a task, as ``Dataset.task`` names it.
+
+    Args:
+        model: the model; its own loss is replaced.
+        task: ``classification`` (softmax cross-entropy, integer targets ``[b]``) or
+            ``multilabel`` (sigmoid cross-entropy, targets ``[b, L]``).
+
+    Raises:
+        ValueError: another task.
+
+    Example:
+        >>> from fedjax_sim.models import mlp
+        >>> model = for_task(mlp((4,), num_classes=14), "multilabel")
+        >>> model.loss(jnp.zeros((5, 14)), jnp.zeros((5, 14))).shape
+        (5,)
+    """
+    return model._replace(loss=lookup("task", task, _LOSSES))
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)

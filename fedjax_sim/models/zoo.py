@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from fedjax_sim.models.layers import Conv, worth_spare
+from fedjax_sim.models.layers import LANES, Conv, check_images, worth_spare
 from fedjax_sim.models.model import Model
+from fedjax_sim.models.resnet import resnet18
 from fedjax_sim.types import Array
 
 
@@ -32,6 +33,17 @@ class _CNN(nn.Module):
         return _MLP(self.hidden, self.num_classes, name="head")(x)
 
 
+class _SmallCNN(nn.Module):
+    channels: tuple[int, int]
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.relu(Conv(self.channels[0])(x))
+        x = Conv(self.channels[1], pool=True)(x)
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
 class _MLP(nn.Module):
     hidden: tuple[int, ...]
     num_classes: int
@@ -48,6 +60,7 @@ def cnn(input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 10) -> Mo
     """FLTrust's MNIST network: conv 30@3x3, pool, conv 50@3x3, pool, dense 100 and L.
 
     139,960 parameters for 28x28x1 images and ten classes. Pixels are divided by 255.
+    Features: the first convolution after pooling and relu (13*13*30).
 
     Args:
         input_shape: (height, width, channels), at least 10 by 10.
@@ -58,7 +71,7 @@ def cnn(input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 10) -> Mo
 
     Example:
         >>> import jax
-        >>> params = cnn().init(jax.random.key(0))
+        >>> params = jax.eval_shape(cnn().init, jax.random.key(0))
         >>> sum(leaf.size for leaf in jax.tree.leaves(params))
         139960
 
@@ -66,8 +79,8 @@ def cnn(input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 10) -> Mo
         Cao, Fang, Liu, Gong. FLTrust: Byzantine-robust Federated Learning via Trust
         Bootstrapping. NDSS 2021.
     """
-    _check_images("cnn", input_shape, smallest=10, use="digits_cnn")
-    return Model.from_linen(_CNN((30, 50), (100,), num_classes, "VALID"), input_shape)
+    check_images("cnn", input_shape, smallest=10, use="digits_cnn")
+    return _pooled(_CNN((30, 50), (100,), num_classes, "VALID"), input_shape)
 
 
 def digits_cnn(
@@ -75,16 +88,51 @@ def digits_cnn(
 ) -> Model:
     """A small network for 8x8 digits: conv 8@3x3, pool, conv 16@3x3, pool, dense L.
 
-    1,898 parameters for 8x8x1 images and ten classes; "same" padding.
+    1,898 parameters for 8x8x1 images and ten classes; "same" padding. Features: the
+    first convolution after pooling and relu (4*4*8).
 
     Example:
         >>> import jax
-        >>> params = digits_cnn().init(jax.random.key(0))
+        >>> params = jax.eval_shape(digits_cnn().init, jax.random.key(0))
         >>> sum(leaf.size for leaf in jax.tree.leaves(params))
         1898
     """
-    _check_images("digits_cnn", input_shape, smallest=4, use="mlp")
-    return Model.from_linen(_CNN((8, 16), (), num_classes, "SAME"), input_shape)
+    check_images("digits_cnn", input_shape, smallest=4, use="mlp")
+    return _pooled(_CNN((8, 16), (), num_classes, "SAME"), input_shape)
+
+
+def small_cnn(
+    input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 10
+) -> Model:
+    """Data sanitization's MNIST network: conv 8@3x3, conv 16@3x3, pool, dense L.
+
+    24,298 parameters for 28x28x1 images and ten classes. Features: the first
+    convolution after relu (26*26*8).
+
+    Args:
+        input_shape: (height, width, channels), at least 6 by 6.
+        num_classes: L.
+
+    Raises:
+        ValueError: images too small for two valid convolutions and pooling.
+
+    Example:
+        >>> import jax
+        >>> params = jax.eval_shape(small_cnn().init, jax.random.key(0))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+        24298
+
+    References:
+        Chen, Gao, Shi, Huang. Try to Avoid Attacks: A Federated Data Sanitization
+        Defense for Healthcare IoMT Systems. arXiv:2211.01592, 2022.
+
+    Differs from the paper: it names the layers ("two convolution layers, a max-pooling
+    layer, and a fully-connected layer") and no sizes; channels, kernels, valid padding
+    and relu after the convolutions are our choice.
+    """
+    check_images("small_cnn", input_shape, smallest=6, use="mlp")
+    module = _SmallCNN((8, 16), num_classes)
+    return _then(nn.relu, Model.from_linen(module, input_shape, features="Conv_0"))
 
 
 def mlp(
@@ -93,6 +141,8 @@ def mlp(
     hidden: tuple[int, ...] = (200,),
 ) -> Model:
     """A fully connected network with relu between its layers.
+
+    Features: the first hidden layer after relu; none without hidden layers.
 
     Args:
         input_shape: shape of one input; flattened.
@@ -104,19 +154,35 @@ def mlp(
         >>> sorted(mlp(hidden=(32,)).init(jax.random.key(0)))
         ['Dense_0', 'Dense_1']
     """
-    return Model.from_linen(_MLP(tuple(hidden), num_classes), input_shape)
+    module = _MLP(tuple(hidden), num_classes)
+    first = "Dense_0" if hidden else None
+    return _then(nn.relu, Model.from_linen(module, input_shape, features=first))
 
 
-def _check_images(name: str, shape: tuple[int, ...], smallest: int, use: str) -> None:
-    if len(shape) != 3 or min(shape[:2]) < smallest:
-        raise ValueError(
-            f"{name} needs images (height, width, channels) of at least {smallest} by "
-            f"{smallest}; got input_shape={tuple(shape)}. Use fs.models.{use}."
-        )
+def _pooled(module: _CNN, input_shape: tuple[int, ...]) -> Model:
+    """The model with its first block as features, without the spare channels."""
+    channels = module.channels[0]
+    spare = -channels % LANES if worth_spare(channels) else 0
+
+    def cut(x: Array) -> Array:
+        x = x.reshape(x.shape[0], -1, channels + spare)
+        return x[:, :, :channels].reshape(x.shape[0], -1)
+
+    return _then(cut, Model.from_linen(module, input_shape, features="Conv_0"))
+
+
+def _then(finish: Callable[[Array], Array], model: Model) -> Model:
+    """The model with ``finish`` after its features, where it has any."""
+    first = model.features
+    if first is None:
+        return model
+    return model._replace(features=lambda params, x: finish(first(params, x)))
 
 
 MODELS: dict[str, Callable[..., Model]] = {
     "cnn": cnn,
     "digits_cnn": digits_cnn,
     "mlp": mlp,
+    "resnet18": resnet18,
+    "small_cnn": small_cnn,
 }
