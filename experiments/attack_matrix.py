@@ -28,7 +28,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +37,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
@@ -264,14 +262,8 @@ class Setting(NamedTuple):
 
 def parse(arguments: list[str]) -> Config:
     """The configuration of a command line: its preset, then its options."""
-    return tyro.cli(
-        Config,
-        args=arguments,
-        default=commandline.preset(arguments, PRESETS, Config.preset),
-        description=__doc__,
-        prog="python -m experiments.attack_matrix",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    usual = commandline.preset(arguments, PRESETS, Config.preset)
+    return commandline.parse(arguments, usual, __doc__)
 
 
 def num_attackers(config: Config, cell: Cell) -> int:
@@ -293,6 +285,7 @@ def check(config: Config) -> None:
         ValueError: with the flag, what was expected and what came.
     """
     runner.check_common(config)
+    runner.check_schedule(config)
     for flag in ("aggregators", "attacks", "attackers", "partitions"):
         values = getattr(config, flag)
         if not values:
@@ -666,13 +659,6 @@ def command(config: Config) -> str:
     return commandline.command(config, PRESETS[config.preset])
 
 
-def main() -> None:
-    try:
-        run(parse(sys.argv[1:]), Console(highlight=False, markup=False))
-    except (ValueError, TypeError, OSError, OverflowError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
     runner.exit_on_interrupt("the same command continues")
-    main()
+    commandline.main(parse, run)

@@ -1,9 +1,13 @@
-"""Command lines: the preset an option list starts from, and the way back."""
+"""Command lines: the preset an option list starts from, the way back, and errors."""
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
 
 from fedjax_sim.registry import lookup
 
@@ -27,6 +31,27 @@ def preset(arguments: Sequence[str], presets: Mapping[str, T], usual: str) -> T:
         elif word.startswith("--preset="):
             name = word.split("=", 1)[1]
     return lookup("preset", name, presets)
+
+
+def parse(arguments: Sequence[str], usual: T, description: str | None) -> T:
+    """The configuration of an option list that starts from ``usual``, its preset."""
+    config: Any = usual
+    return tyro.cli(
+        type(usual),
+        args=arguments,
+        default=usual,
+        description=description,
+        prog=f"python -m experiments.{config.STUDY}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def main(parse: Callable[[list[str]], T], run: Callable[[T, Console], Any]) -> None:
+    """A study as a program: errors the user can mend are a line, and no traceback."""
+    try:
+        run(parse(sys.argv[1:]), Console(highlight=False, markup=False))
+    except (ValueError, TypeError, OSError, OverflowError) as error:
+        sys.exit(f"error: {error}")
 
 
 def command(config: Any, usual: Any) -> str:

@@ -19,16 +19,14 @@ Example:
 
 import dataclasses
 import inspect
-import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import optax
-import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import commandline, fltrust_report, results, rundir, runner, specs
+from experiments import commandline, fltrust_report, results, runner, specs
 from fedjax_sim.registry import lookup
 
 CLEAN = "fedavg_clean"
@@ -175,14 +173,7 @@ def parse(arguments: list[str]) -> Config:
     if any(word == "--attack" or word.startswith("--attack=") for word in arguments):
         # A preset's strength is meant for the preset's attack.
         default = dataclasses.replace(default, attack_strength=None)
-    return tyro.cli(
-        Config,
-        args=arguments,
-        default=default,
-        description=__doc__,
-        prog="python -m experiments.fltrust_mnist",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return commandline.parse(arguments, default, __doc__)
 
 
 def command(config: Config) -> str:
@@ -193,16 +184,12 @@ def command(config: Config) -> str:
     return commandline.command(config, usual)
 
 
-def num_attackers(config: Config) -> int:
-    return round(config.attackers * config.clients)
-
-
 def assumed_byzantine(config: Config) -> int:
     """The f of the rules: see ``Config.max_byzantine``."""
     if config.max_byzantine is not None:
         return config.max_byzantine
     return runner.assumed_byzantine(
-        config.clients, runner.cohort_size(config), num_attackers(config)
+        config.clients, runner.cohort_size(config), runner.num_attackers(config)
     )
 
 
@@ -244,18 +231,12 @@ def check(config: Config) -> None:
         ValueError: with the flag, what was expected and what came.
     """
     runner.check_common(config)
-    if not 0 <= config.attackers < 1:
-        raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
+    runner.check_schedule(config)
+    runner.num_attackers(config)
     if config.attack_rounds < 0:
         raise ValueError(f"--attack-rounds must be >= 0; got {config.attack_rounds}.")
     first = config.rounds if config.attack_rounds else 0
     runner.check_attack_is_active(config, first, config.rounds + config.attack_rounds)
-    found = num_attackers(config)
-    if found == config.clients or (found == 0 and config.attackers > 0):
-        raise ValueError(
-            f"--attackers {config.attackers} of {config.clients} clients is {found} of "
-            "them; expected at least one attacker and one honest client, or exactly 0."
-        )
     if not config.aggregators:
         raise ValueError("--aggregators needs at least one name.")
     if len(set(config.aggregators)) < len(config.aggregators):
@@ -346,7 +327,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     attacked: dict[str, Any] = {
         "attack": attack.on_updates,
         "data_attack": attack.on_data,
-        "num_byzantine": num_attackers(config),
+        "num_byzantine": runner.num_attackers(config),
     }
     clean = fs.Simulation(aggregator=fs.aggregators.fedavg(), **shared)
     systems = {
@@ -378,8 +359,9 @@ def settings(config: Config) -> str:
         root += f" ({results.percent(config.root_bias)} of them of class 1)"
     return (
         f"{config.dataset}, {config.model}, {config.clients} clients ({partition}), "
-        f"{runner.cohort_size(config)} sampled per round; {num_attackers(config)} of "
-        f"all clients are Byzantine ({config.attack}{strength}{when}), rules assume "
+        f"{runner.cohort_size(config)} sampled per round; "
+        f"{runner.num_attackers(config)} of all clients are Byzantine "
+        f"({config.attack}{strength}{when}), rules assume "
         f"{assumed_byzantine(config)} per cohort; {config.epochs} local epochs, batch "
         f"{config.batch_size}, rate {config.lr:g}, root dataset of {root}, "
         f"seed {config.seed}"
@@ -397,23 +379,19 @@ def run(config: Config, console: Console) -> runner.Result:
     Raises:
         ValueError: a bad option, before any training.
     """
-    rundir.check_out(config)
-    runner.start(config.cores)
-    phases, source = make_phases(config)
-    runner.check_progress(config, phases)
-    with rundir.open_out(config, source):
-        console.print(settings(config))
-        result = runner.run_study(config, phases, console)
-        fltrust_report.write(
-            config,
-            result,
-            console,
-            command=command(config),
-            settings=settings(config),
-            max_byzantine=assumed_byzantine(config),
-            comparable=_matches_source(config),
-        )
-    return result
+    return runner.run(config, console, make_phases, settings, _write)
+
+
+def _write(config: Config, result: runner.Result, console: Console) -> None:
+    fltrust_report.write(
+        config,
+        result,
+        console,
+        command=command(config),
+        settings=settings(config),
+        max_byzantine=assumed_byzantine(config),
+        comparable=_matches_source(config),
+    )
 
 
 def _matches_source(config: Config) -> bool:
@@ -424,13 +402,6 @@ def _matches_source(config: Config) -> bool:
     return same and config.attack_rounds == 0
 
 
-def main() -> None:
-    try:
-        run(parse(sys.argv[1:]), Console(highlight=False, markup=False))
-    except (ValueError, OSError, OverflowError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
     runner.exit_on_interrupt()
-    main()
+    commandline.main(parse, run)

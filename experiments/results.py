@@ -19,7 +19,7 @@ from fedjax_sim.sharding import usable_cores
 # Options that do not change what a round computes, and so are not part of a run's key:
 # where the run is, and (but for whether it forks) how long it is.
 WHERE = ("out", "data_dir", "resume", "segment", "preset", "cores")
-HOW_LONG = ("rounds", "attack_rounds")
+HOW_LONG = ("rounds", "attack_rounds", "long_rounds")
 # Options with a default that is how runs were before they existed: no part of the key
 # where they have it.
 WHEN = {"attack_start": 0, "attack_stop": None, "attack_every": 1}
@@ -27,6 +27,8 @@ WHEN = {"attack_start": 0, "attack_stop": None, "attack_every": 1}
 METRICS = (
     "accuracy",
     "loss",
+    "auc",
+    "balanced_accuracy",
     "attack_success",
     "train_loss",
     "aggregate_norm",
@@ -84,17 +86,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.6g}%"
 
 
-def _recalls(history: fs.History) -> np.ndarray:
-    """``[seeds, rounds, classes]``, also of a run without a seed axis."""
-    recall = np.asarray(history.class_recall)
-    return recall.reshape(*np.atleast_2d(history.round).shape, recall.shape[-1])
+def by_class(history: fs.History, field: str) -> np.ndarray:
+    """``[seeds, rounds, classes]`` of a field, also of a run without a seed axis."""
+    values = np.asarray(getattr(history, field))
+    return values.reshape(*np.atleast_2d(history.round).shape, values.shape[-1])
 
 
 def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> None:
     """``system,seed,round,metric,value``; a row per value that exists (no NaN rows).
 
-    The metrics are ``METRICS`` and, at evaluations, ``recall_0``, ``recall_1``, ...:
-    the share of the test samples of each class that were classified correctly.
+    The metrics are ``METRICS`` and, at evaluations, for each class ``recall_0`` (its
+    sensitivity), ``specificity_0`` and so on.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
@@ -104,10 +106,9 @@ def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> No
             # [seeds, rounds], also of a run without a seed axis.
             rounds = np.atleast_2d(history.round)
             columns = {m: np.atleast_2d(getattr(history, m)) for m in METRICS}
-            recall = _recalls(history)
-            columns |= {
-                f"recall_{c}": x for c, x in enumerate(np.moveaxis(recall, -1, 0))
-            }
+            for name in ("recall", "specificity"):
+                values = np.moveaxis(by_class(history, f"class_{name}"), -1, 0)
+                columns |= {f"{name}_{c}": x for c, x in enumerate(values)}
             for s in range(len(rounds)):
                 for r, number in enumerate(rounds[s]):
                     for metric, values in columns.items():
@@ -120,13 +121,20 @@ def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> No
 
 
 def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
-    """Per-client records, ``system/field`` -> ``[(seeds,) rounds, cohort]``."""
+    """Per-client records, ``system/field`` -> ``[(seeds,) rounds, cohort]``.
+
+    What a client measured on its own samples is ``local_loss`` and ``local_accuracy``;
+    what its defense did, ``defense_samples`` and so on.
+    """
     arrays: dict[str, Any] = {}
     for system, history in histories.items():
         for field in CLIENT_RECORDS:
             arrays[f"{system}/{field}"] = np.asarray(getattr(history, field))
         for field, values in history.details.items():
             arrays[f"{system}/{field}"] = np.asarray(values)
+        for group in ("local", "defense"):
+            for field, values in getattr(history, group).items():
+                arrays[f"{system}/{group}_{field}"] = np.asarray(values)
     temporary = path.with_name("tmp-" + path.name)
     np.savez_compressed(temporary, **arrays)
     os.replace(temporary, path)
@@ -138,8 +146,8 @@ def summarise(history: fs.History) -> dict[str, Any]:
     A seed whose value is undefined or infinite (a loss that diverged) is left out of
     that value. ``mean_of_last_5`` is over the last five values there are: evaluations
     for accuracy, loss and attack success, rounds for the others; None where there are
-    fewer. ``class_recall`` has the last evaluation's mean over seeds, class by class:
-    None for a class without test samples.
+    fewer. ``class_recall`` and ``class_specificity`` have the last evaluation's mean
+    over seeds, class by class: None for a class without test samples.
     """
     summary: dict[str, Any] = {"rounds": int(np.max(history.round))}
     for metric in METRICS:
@@ -157,11 +165,12 @@ def summarise(history: fs.History) -> dict[str, Any]:
             "mean_of_run": float(np.nanmean(known)),
             "spread_over_seeds": float(np.std(last, ddof=1)) if last.size > 1 else None,
         }
-    recall = _recalls(history)
-    known = ~np.isnan(recall).all(axis=(0, 2))
-    if known.any():
-        final = recall[:, np.flatnonzero(known)[-1]].mean(axis=0)
-        summary["class_recall"] = [None if np.isnan(x) else float(x) for x in final]
+    for field in ("class_recall", "class_specificity"):
+        rates = by_class(history, field)
+        evaluated = np.flatnonzero(~np.isnan(rates).all(axis=(0, 2)))
+        if evaluated.size:
+            final = rates[:, evaluated[-1]].mean(axis=0)
+            summary[field] = [None if np.isnan(x) else float(x) for x in final]
     return summary
 
 

@@ -30,8 +30,10 @@ from rich.progress import (
 )
 
 import fedjax_sim as fs
+from experiments import rundir
 from experiments.results import write_clients, write_metrics
 from fedjax_sim import checkpoint
+from fedjax_sim.evaluation import Scores
 from fedjax_sim.sharding import over_devices, replicate, usable_cores
 
 LONG = 120.0  # seconds from which a run is announced as long
@@ -91,6 +93,23 @@ def check_common(config: Any) -> None:
             raise ValueError(f"{flag} must be at most {high}; got {value}.")
     if not (np.isfinite(config.lr) and config.lr > 0):
         raise ValueError(f"--lr must be a positive number; got {config.lr}.")
+    if config.clients < 1:
+        raise ValueError(f"--clients must be at least 1; got {config.clients}.")
+    if config.partition_seed < 0:
+        raise ValueError(f"--partition-seed must be >= 0; got {config.partition_seed}.")
+    if not 1 <= cohort_size(config) <= config.clients:
+        raise ValueError(
+            f"--cohort must be from 1 to --clients ({config.clients}) or all; got "
+            f"{config.cohort}."
+        )
+
+
+def check_schedule(config: Any) -> None:
+    """Validates the rounds of the attack, of studies that have these options.
+
+    Raises:
+        ValueError: with what was expected and what came.
+    """
     if config.attack_start < 0:
         raise ValueError(f"--attack-start must be >= 0; got {config.attack_start}.")
     if config.attack_every < 1:
@@ -101,15 +120,6 @@ def check_common(config: Any) -> None:
         raise ValueError(
             f"--attack-stop must be above --attack-start ({config.attack_start}); got "
             f"{config.attack_stop}."
-        )
-    if config.clients < 1:
-        raise ValueError(f"--clients must be at least 1; got {config.clients}.")
-    if config.partition_seed < 0:
-        raise ValueError(f"--partition-seed must be >= 0; got {config.partition_seed}.")
-    if not 1 <= cohort_size(config) <= config.clients:
-        raise ValueError(
-            f"--cohort must be from 1 to --clients ({config.clients}) or all; got "
-            f"{config.cohort}."
         )
 
 
@@ -127,6 +137,23 @@ def check_attack_is_active(config: Any, first: int, last: int) -> None:
             f"and --attack-every {config.attack_every}: the attack would never be "
             f"active in rounds {first} to {last - 1}, those of the attacked systems."
         )
+
+
+def num_attackers(config: Any) -> int:
+    """Byzantine clients of a configuration's ``attackers`` and ``clients``.
+
+    Raises:
+        ValueError: nobody would be honest, or nobody an attacker although asked for.
+    """
+    if not 0 <= config.attackers < 1:
+        raise ValueError(f"--attackers must be in [0, 1); got {config.attackers}.")
+    found = round(config.attackers * config.clients)
+    if found == config.clients or (found == 0 and config.attackers > 0):
+        raise ValueError(
+            f"--attackers {config.attackers} of {config.clients} clients is {found} of "
+            "them; expected at least one attacker and one honest client, or exactly 0."
+        )
+    return found
 
 
 def cohort_size(config: Any) -> int:
@@ -154,9 +181,9 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
     Raises:
         ValueError: naming the rounds done and asked for; or checkpoints that are gone.
     """
-    first = 0
+    last = 0
     for phase in phases:
-        last = first + phase.num_rounds
+        last = phase.num_rounds + (last if phase.fork_from else 0)
         latest = checkpoint.latest_round(_checkpoints(config, phase))
         if latest is not None and latest > last:
             raise ValueError(
@@ -164,7 +191,6 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
                 f"options ask for round {last}. Ask for at least that many rounds, or "
                 "choose another --out."
             )
-        first = last
     checkpoints = config.out / "checkpoints"
     if (config.out / "metrics.csv").exists() and not checkpoints.is_dir():
         raise ValueError(
@@ -175,6 +201,37 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
 
 def _checkpoints(config: Any, phase: Phase) -> Path:
     return config.out / "checkpoints" / phase.name
+
+
+def run(
+    config: Any,
+    console: Console,
+    make_phases: Callable[[Any], tuple[list[Phase], str]],
+    settings: Callable[[Any], str],
+    write: Callable[[Any, Result, Console], None],
+) -> Result:
+    """Checks everything, runs or resumes a study, and writes its results.
+
+    Args:
+        config: the study's options.
+        console: for progress and tables.
+        make_phases: loads the data and builds every system; also returns where the data
+            came from.
+        settings: the run in a sentence.
+        write: the report on the result.
+
+    Raises:
+        ValueError: a bad option, before any training.
+    """
+    rundir.check_out(config)
+    start(config.cores)
+    phases, source = make_phases(config)
+    check_progress(config, phases)
+    with rundir.open_out(config, source):
+        console.print(settings(config))
+        result = run_study(config, phases, console)
+        write(config, result, console)
+    return result
 
 
 def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
@@ -377,12 +434,10 @@ def _drop_early_ends(history: fs.History, config: Any, last: int) -> fs.History:
         shown = keep.reshape(*keep.shape, *[1] * (np.ndim(values) - keep.ndim))
         return np.where(shown, values, np.nan).astype(np.float32)
 
-    return history._replace(
-        accuracy=kept(history.accuracy),
-        loss=kept(history.loss),
-        attack_success=kept(history.attack_success),
-        class_recall=kept(history.class_recall),
-    )
+    fields = (*Scores._fields, "attack_success")
+    changes: dict[str, Any] = {field: kept(getattr(history, field)) for field in fields}
+    changes["local"] = {name: kept(values) for name, values in history.local.items()}
+    return history._replace(**changes)
 
 
 def latest_accuracies(histories: Mapping[str, fs.History]) -> str:

@@ -19,6 +19,7 @@ from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
     ClientData,
+    ClientDefense,
     ClientInfo,
     Clients,
     ClientUpdate,
@@ -47,16 +48,18 @@ def check_types(sim: "Simulation") -> None:
         "client_update": ClientUpdate,
         "aggregator": Aggregator,
         "test": Examples,
+        "local_test": Clients,
         "root": Examples,
         "attack": UpdateAttack,
         "data_attack": DataAttack,
+        "client_defense": ClientDefense,
         "byzantine_update": ClientUpdate,
         "server_optimizer": optax.GradientTransformation,
     }
-    optional = {"test", "root", "attack", "data_attack", "byzantine_update"}
+    needed = {"model", "clients", "client_update", "aggregator", "server_optimizer"}
     for field, kind in expected.items():
         value = getattr(sim, field)
-        if value is None and field in optional:
+        if value is None and field not in needed:
             continue
         hint = ""
         if isinstance(value, DataAttack | UpdateAttack):
@@ -83,11 +86,9 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
             f"client {empty[0]}): they cannot train. Use fewer clients or a partition "
             "with min_size."
         )
-    for name, data in (
-        ("clients", sim.clients),
-        ("test", sim.test),
-        ("root", sim.root),
-    ):
+    multilabel = np.ndim(sim.clients.targets) == 2
+    for name in ("clients", "test", "local_test", "root"):
+        data = getattr(sim, name)
         if data is None:
             continue
         targets = np.asarray(data.targets)
@@ -96,13 +97,83 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
                 f"{name} must have as many targets as inputs, and at least one; got "
                 f"{len(data.inputs)} inputs and {len(targets)} targets."
             )
-        labels = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
-        if labels and not (targets.min() >= 0 and targets.max() < num_outputs):
+        if multilabel != (targets.ndim == 2):
+            raise ValueError(
+                f"{name} must have targets of as many dimensions as the clients; got "
+                f"shape {targets.shape} and {np.shape(sim.clients.targets)}."
+            )
+        integers = np.issubdtype(targets.dtype, np.integer)
+        if multilabel:
+            binary = integers and targets.min() >= 0 and targets.max() <= 1
+            if not binary or targets.shape[1] != num_outputs:
+                raise ValueError(
+                    f"{name} has targets of shape {targets.shape} and type "
+                    f"{targets.dtype}: of a multilabel task they must be integers 0 "
+                    f"and 1, one for each of the model's {num_outputs} outputs."
+                )
+        elif integers and not (targets.min() >= 0 and targets.max() < num_outputs):
             raise ValueError(
                 f"{name} has labels from {targets.min()} to {targets.max()}, but the "
                 f"model has {num_outputs} outputs. Give the model num_classes="
                 f"{targets.max() + 1}, or number the classes from 0."
             )
+    _check_loss(sim, num_outputs)
+
+
+def _check_loss(sim: "Simulation", num_outputs: int) -> None:
+    """The model's loss gives one number a sample on these targets."""
+    targets = sim.clients.targets[:2]
+    outputs = jax.ShapeDtypeStruct((len(targets), num_outputs), jnp.float32)
+    got: Any
+    try:
+        got = jax.eval_shape(sim.model.loss, outputs, targets).shape
+    except Exception as error:
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+    if got != (len(targets),):
+        raise ValueError(
+            f"the model's loss must give one number a sample, here ({len(targets)},), "
+            f"for outputs {outputs.shape} and targets {targets.shape}; got {got}. For "
+            "multilabel data use fs.models.for_task(model, 'multilabel')."
+        )
+
+
+def check_local_test(sim: "Simulation") -> None:
+    """Every client has samples of its own to evaluate on, and trains on none of them.
+
+    Raises:
+        ValueError: other clients than those of the run, somebody without samples, or
+            samples on which the client also trains.
+    """
+    held_out = sim.local_test
+    if held_out is None:
+        return
+    ours = sim.clients
+    if held_out.num_clients != ours.num_clients:
+        raise ValueError(
+            f"local_test must have the clients of the run, {ours.num_clients}; got "
+            f"{held_out.num_clients}. Take both from fs.data.hold_out."
+        )
+    sizes = np.asarray(held_out.sizes())
+    if sizes.min() < 1:
+        raise ValueError(
+            f"local_test has no samples for {int((sizes < 1).sum())} clients, the "
+            f"first of them client {int(np.argmin(sizes))}. Hold out a larger share."
+        )
+    if held_out.inputs is not ours.inputs:
+        return
+    pool = len(ours.targets)
+
+    def owned(clients: Clients) -> np.ndarray:
+        client = np.arange(clients.num_clients)[:, None]
+        return (client * pool + np.asarray(clients.indices))[np.asarray(clients.mask)]
+
+    both = np.intersect1d(owned(held_out), owned(ours))
+    if both.size:
+        raise ValueError(
+            f"{both.size} samples of local_test are also trained on by their client, "
+            f"the first is row {both[0] % pool} of client {both[0] // pool}. Pass the "
+            "first of the two that fs.data.hold_out returns as clients=."
+        )
 
 
 def num_outputs(sim: "Simulation") -> int:
@@ -231,8 +302,8 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
     """
     known = set(RoundContext._fields)
     for plugin, allowed in (
-        (sim.aggregator, known - {"byzantine", "aggregate", "rank"}),
-        (sim.attack, known - {"rank"}),
+        (sim.aggregator, known - {"byzantine", "aggregate", "rank", "features"}),
+        (sim.attack, known - {"rank", "features"}),
     ):
         if plugin is None:
             continue
@@ -302,6 +373,55 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
     jax.eval_shape(one_round, jax.random.key(0))
     if sim.data_attack is not None:
         _check_data_attack(sim, sim.data_attack)
+    if sim.client_defense is not None:
+        _check_client_defense(sim, sim.client_defense, cohort)
+
+
+def _check_client_defense(
+    sim: "Simulation", defense: ClientDefense, cohort: int
+) -> None:
+    """The defense suits the data and keeps its contract, by shapes alone."""
+    who = f"the client defense {defense.name}"
+    sizes, targets = np.asarray(sim.clients.sizes()), np.asarray(sim.clients.targets)
+    defense.validate(sizes, targets, sim.num_classes)
+    given = {"key", "params", "round", "client_ids", "features"}
+    if defense.needs - given:
+        raise ValueError(
+            f"{who} needs {sorted(defense.needs - given)}, which it is not given. It "
+            f"is given {sorted(given)}."
+        )
+    features = sim.model.features
+    if features is None and "features" in defense.needs:
+        raise ValueError(
+            f"{who} needs a model with shallow features; this one has none. Name a "
+            "layer: fs.Model.from_linen(module, input_shape, features='Conv_0'), or "
+            "give model._replace(features=) a function (params, inputs) -> [b, h]."
+        )
+
+    def one_round(key: jax.Array) -> None:
+        params = sim.model.init(key)
+        context = RoundContext(
+            key=key,
+            params=params,
+            round=jnp.zeros((), jnp.int32),
+            client_ids=jnp.arange(cohort, dtype=jnp.int32),
+            features=features and (lambda inputs: features(params, inputs)),
+        )
+        with _blamed(who):
+            state = defense.init(sim.clients.mask)
+            out: Any = defense.apply(sim.clients.gather, state, context)
+        _check_tuple(who, out, ("keep", "state", "info"))
+        keep = jnp.zeros((cohort, sim.clients.mask.shape[1]), bool)
+        _check_like(f"{who}: keep", out[0], keep)
+        _check_like(f"{who}: state", out[1], state)
+        for name, value in dict(out[2]).items():
+            if jnp.shape(value) != (cohort,):
+                raise TypeError(
+                    f"{who}: info {name} must have shape ({cohort},), one value a "
+                    f"client; got {jnp.shape(value)}."
+                )
+
+    jax.eval_shape(one_round, jax.random.key(0))
 
 
 def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
@@ -324,13 +444,15 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
             out: Any = attack.trigger(inputs, targets)
         _check_tuple(f"{who}: trigger", out, ("inputs", "wanted", "counts"))
         _check_like(f"{who}: trigger's inputs", out[0], inputs)
-        _check_like(f"{who}: trigger's wanted", out[1], targets)
-        _check_like(f"{who}: trigger's counts", out[2], targets.astype(bool))
+        one = jnp.zeros(len(targets), targets.dtype)
+        _check_like(f"{who}: trigger's wanted", out[1], one)
+        _check_like(f"{who}: trigger's counts", out[2], one.astype(bool))
 
     jax.eval_shape(one_client, jax.random.key(0))
     if attack.trigger is not None and sim.test is not None:
         inputs = jnp.asarray(sim.test.inputs[:1])
-        jax.eval_shape(evaluation, inputs, jnp.zeros(1, jnp.int32))
+        targets = jnp.asarray(sim.test.targets[:1], jnp.int32)
+        jax.eval_shape(evaluation, inputs, targets)
 
 
 @contextmanager

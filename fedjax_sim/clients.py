@@ -46,7 +46,8 @@ def local_sgd(
             from 0) to one, for a rate that decays over rounds.
         epochs: passes over the client's data. Give this or ``steps``.
         steps: exact number of local steps, whatever the client's size.
-        batch_size: samples per step, at most the smallest client's number of samples.
+        batch_size: samples per step, at most the smallest client's number of samples. A
+            client that a ``ClientDefense`` leaves fewer trains on those in one step.
         precision: of the matrix products of training, on a GPU: ``"float32"``,
             ``"tf32"`` (inputs rounded to 10 bits) or ``"bf16"`` (to 7); sums are
             float32. Whether accuracy bears it is to be tried. CPUs have float32 only.
@@ -103,13 +104,17 @@ def local_sgd(
         padded = data.targets.shape[0]
         # Without padding the size, and so every loop below, is static.
         size = padded if data.mask is None else data.mask.sum(dtype=jnp.int32)
-        batches = -(-size // batch_size)
+        batches = -(-size // batch_size)  # 0 where a defense left nothing: no step
+        num_epochs: int | Array
         total: int | Array
-        if steps is not None:
-            total = steps
-        else:
+        if steps is None:
             assert epochs is not None
-            total = epochs * batches
+            num_epochs, total = epochs, epochs * batches
+        elif data.mask is None:
+            num_epochs, total = -(-steps // batches), steps
+        else:
+            num_epochs = -(-steps // jnp.maximum(batches, 1))
+            total = jnp.where(size > 0, steps, 0)
         whole = data.mask is None and padded % batch_size == 0
         drawn = padded if steps is None else min(padded, steps * batch_size)
 
@@ -123,7 +128,8 @@ def local_sgd(
 
         def epoch(e: Array, carry: PyTree) -> PyTree:
             draws = jax.random.uniform(jax.random.fold_in(key, e), (padded,))
-            draws = jnp.where(jnp.arange(padded) < size, draws, jnp.inf)
+            if data.mask is not None:
+                draws = jnp.where(data.mask, draws, jnp.inf)
             # Of equal draws both take the first; sorting all of many takes far longer.
             order = (
                 jnp.argsort(draws)
@@ -147,9 +153,7 @@ def local_sgd(
             return jax.lax.fori_loop(0, jnp.minimum(batches, left), step, carry)
 
         carry = (params, transform.init(params), jnp.zeros(()))
-        trained, _, total_loss = jax.lax.fori_loop(
-            0, -(-total // batches), epoch, carry
-        )
+        trained, _, total_loss = jax.lax.fori_loop(0, num_epochs, epoch, carry)
         update = jax.tree.map(jnp.subtract, trained, params)
         return update, state, ClientInfo(loss=total_loss / total)
 

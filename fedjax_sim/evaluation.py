@@ -1,4 +1,4 @@
-"""Evaluation of several systems on the test set, inside the compiled round."""
+"""Evaluation of several systems, inside the compiled round."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from fedjax_sim.metrics import count_by_class, rate
+from fedjax_sim import metrics
+from fedjax_sim.cohorts import Row, cohort_rows, data_attacks, join, own_data, split
 from fedjax_sim.models import Model
 from fedjax_sim.sharding import over_devices
-from fedjax_sim.types import AnyArray, Array, Params
+from fedjax_sim.state import RoundState
+from fedjax_sim.training import over_rows
+from fedjax_sim.types import AnyArray, Array, Clients, Params
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
@@ -21,11 +24,14 @@ Trigger = Callable[[Array, Array], tuple[Array, Array, Array]]
 
 
 class Scores(NamedTuple):
-    """What one evaluation measures; see ``History``."""
+    """What one evaluation on the test set measures; see ``History``."""
 
     accuracy: AnyArray
     loss: AnyArray
+    auc: AnyArray
+    balanced_accuracy: AnyArray
     class_recall: AnyArray
+    class_specificity: AnyArray
 
 
 def batches(test: Any) -> Array:
@@ -35,66 +41,65 @@ def batches(test: Any) -> Array:
     return jnp.arange(-(-count // size) * size).reshape(-1, size)
 
 
-def make_evaluator(model: Model, num_classes: int, num_devices: int) -> Any:
-    """``(params, test) -> Scores``, a fixed number of samples at a time."""
+def in_batches(
+    f: Callable[[Params, Array, Array], Any], num_devices: int
+) -> Callable[[Params, Any], Any]:
+    """``f(params, inputs, targets)`` of the test set, a fixed number at a time.
 
-    def measure(shared: tuple[Params, Any], rows: Array) -> Any:
+    What it returns has a leading sample axis, of the whole test set in the end.
+    """
+
+    def part(shared: tuple[Params, Any], rows: Array) -> Any:
         params, test = shared
-        count = test.targets.shape[0]
 
-        def batch(rows: Array) -> tuple[Array, Array, Array, Array]:
-            valid, rows = rows < count, jnp.minimum(rows, count - 1)
-            outputs, targets = (
-                model.apply(params, test.inputs[rows]),
-                test.targets[rows],
-            )
-            correct = jnp.where(valid, outputs.argmax(axis=-1) == targets, False)
-            return (
-                correct.sum(),
-                jnp.where(valid, model.loss(outputs, targets), 0.0).sum(),
-                count_by_class(correct, targets, num_classes),
-                count_by_class(valid, targets, num_classes),
-            )
+        def batch(rows: Array) -> Any:
+            rows = jnp.minimum(rows, test.targets.shape[0] - 1)
+            return f(params, test.inputs[rows], test.targets[rows])
 
         return jax.lax.map(batch, rows)
 
-    spread = over_devices(measure, num_devices)
+    spread = over_devices(part, num_devices)
+
+    def whole(params: Params, test: Any) -> Any:
+        count = test.targets.shape[0]
+        out = spread((params, test), batches(test))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+    return whole
+
+
+def make_evaluator(model: Model, num_devices: int) -> Any:
+    """``(params, test) -> Scores``."""
+    predict = in_batches(lambda params, x, y: model.apply(params, x), num_devices)
 
     @sequential_vmap
     def evaluate(params: Params, test: Any) -> Scores:
-        count = test.targets.shape[0]
-        correct, loss, hits, totals = spread((params, test), batches(test))
+        outputs = predict(params, test)
         return Scores(
-            correct.sum() / count,
-            loss.sum() / count,
-            rate(hits.sum(axis=0), totals.sum(axis=0)),
+            metrics.accuracy(outputs, test.targets),
+            model.loss(outputs, test.targets).mean(),
+            metrics.auc(outputs, test.targets),
+            metrics.balanced_accuracy(outputs, test.targets),
+            metrics.class_recall(outputs, test.targets),
+            metrics.class_specificity(outputs, test.targets),
         )
 
     return evaluate
 
 
 def make_success(model: Model, trigger: Trigger, num_devices: int) -> Any:
-    """``(params, test) -> attack success``, a fixed number of samples at a time."""
+    """``(params, test) -> attack success``."""
 
-    def measure(shared: tuple[Params, Any], rows: Array) -> tuple[Array, Array]:
-        params, test = shared
-        count = test.targets.shape[0]
+    def attack(params: Params, inputs: Array, targets: Array) -> Any:
+        inputs, wanted, counts = trigger(inputs, targets)
+        return model.apply(params, inputs), wanted, counts
 
-        def batch(rows: Array) -> tuple[Array, Array]:
-            valid, rows = rows < count, jnp.minimum(rows, count - 1)
-            inputs, wanted, counts = trigger(test.inputs[rows], test.targets[rows])
-            counts = valid & counts
-            hit = counts & (model.apply(params, inputs).argmax(axis=-1) == wanted)
-            return hit.sum(dtype=jnp.int32), counts.sum(dtype=jnp.int32)
-
-        return jax.lax.map(batch, rows)
-
-    spread = over_devices(measure, num_devices)
+    predict = in_batches(attack, num_devices)
 
     @sequential_vmap
     def success(params: Params, test: Any) -> Array:
-        hits, totals = spread((params, test), batches(test))
-        return rate(hits.sum(), totals.sum())
+        outputs, wanted, counts = predict(params, test)
+        return metrics.attack_success(outputs, wanted, counts, test.targets.ndim == 2)
 
     return success
 
@@ -112,7 +117,7 @@ def evaluate_systems(
     def stack(names: list[str]) -> Params:
         return jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in names))
 
-    evaluate = make_evaluator(first.model, first.num_classes, first.num_devices)
+    evaluate = make_evaluator(first.model, first.num_devices)
     scores = jax.lax.map(lambda p: evaluate(p, test), stack(list(sims)))
     success = dict.fromkeys(sims, jnp.full((), jnp.nan, jnp.float32))
     systems_of: dict[Trigger, list[str]] = {}
@@ -127,3 +132,35 @@ def evaluate_systems(
         name: (jax.tree.map(lambda x, i=i: x[i], scores), success[name])
         for i, name in enumerate(sims)
     }
+
+
+def evaluate_clients(
+    sims: Mapping[str, "Simulation"],
+    states: Mapping[str, RoundState],
+    params: Mapping[str, Params],
+    held_out: Clients,
+) -> dict[str, dict[str, Array]]:
+    """Loss and accuracy ``[k]`` of every system's model on its cohort's own samples.
+
+    ``states`` are those before the round, which say who is in the cohort. An attacker
+    evaluates on poisoned samples, as it trains on them.
+    """
+    first = next(iter(sims.values()))
+    attacks = data_attacks(sims)
+
+    def evaluate(clients: Clients, params: Params, row: Row) -> dict[str, Array]:
+        data, _ = own_data(clients, row, attacks, padded=True)
+        outputs = first.model.apply(params, data.inputs)
+
+        def mean(values: Array) -> Array:
+            return jnp.where(data.valid, values, 0.0).sum() / data.valid.sum()
+
+        return {
+            "loss": mean(first.model.loss(outputs, data.targets)),
+            "accuracy": mean(metrics.correct(outputs, data.targets)),
+        }
+
+    rows = cohort_rows(sims, states)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in sims))
+    run = over_rows(evaluate, first.client_chunk, first.num_devices)
+    return split(run(held_out, stacked, join(rows)), rows)

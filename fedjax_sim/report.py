@@ -109,16 +109,146 @@ def accuracy_plot(
         [1, 3]
     """
     _check_any(histories)
+    lines = {name: _evaluated(name, history) for name, history in histories.items()}
+    figure = line_plot(lines, "test accuracy", title=title)
+    axes = figure.axes[0]
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+    return _save(figure, path)
+
+
+def line_plot(
+    lines: Mapping[str, tuple[Any, Any]],
+    label: str,
+    path: str | Path | None = None,
+    title: str | None = None,
+    marks: Sequence[int] = (),
+) -> Figure:
+    """Any number against communication rounds, in the style of ``accuracy_plot``.
+
+    Args:
+        lines: name to ``(rounds [R], values [R] or [seeds, R])``. A value that is not
+            finite is a gap. With several seeds the line is their mean and the band
+            reaches from the lowest to the highest.
+        label: what the numbers are.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the axes.
+        marks: rounds to mark with a thin vertical line.
+
+    Returns:
+        The figure, one paper column wide, 200 dpi.
+
+    Raises:
+        ValueError: no line, or one whose rounds and values do not belong together.
+
+    Example:
+        >>> figure = line_plot({"a": ([1, 2], [0.5, 0.4])}, "loss", marks=[2])
+        >>> figure.axes[0].get_ylabel()
+        'loss'
+    """
+    if not lines:
+        raise ValueError("line_plot needs at least one line; got none.")
     with mpl.rc_context(STYLE):
         figure = NotebookFigure(figsize=(COLUMN, 2.4), dpi=200, layout="constrained")
         axes = figure.subplots()
-        for index, (name, history) in enumerate(histories.items()):
-            rounds, accuracy = _evaluated(name, history)
-            _draw(axes, index, name, rounds, accuracy)
+        for mark in marks:
+            axes.axvline(mark, color="0.6", linewidth=0.6, linestyle=(0, (2, 2)))
+        for index, (name, (rounds, values)) in enumerate(lines.items()):
+            rounds = np.asarray(rounds)
+            values = np.atleast_2d(np.asarray(values, float))
+            if rounds.ndim != 1 or values.shape[-1] != len(rounds):
+                raise ValueError(
+                    "line_plot needs rounds [R] and values [R] or [seeds, R]; "
+                    f"{name!r} has shapes {rounds.shape} and {values.shape}."
+                )
+            values = np.where(np.isfinite(values), values, np.nan)
+            _draw(axes, index, name, rounds, values)
         _label_rounds(axes)
-        axes.set_ylabel("test accuracy")
-        axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+        axes.set_ylabel(label)
         _finish(figure, axes, title)
+        return _save(figure, path)
+
+
+def client_plot(
+    history: Any,
+    fields: Sequence[str],
+    path: str | Path | None = None,
+    title: str | None = None,
+    marks: Sequence[int] = (),
+) -> Figure:
+    """What a rule thinks of each client against rounds: a line per client.
+
+    Honest clients are drawn in one colour and Byzantine ones, dashed and on top, in
+    another. A client that is not in the cohort of a round has a gap there.
+
+    Args:
+        history: of one system and one seed.
+        fields: one to a panel, each ``[R, k]``: a name in ``history.details``, such as
+            ``trust``, or a field, such as ``scores``.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the first panel.
+        marks: rounds to mark with a thin vertical line.
+
+    Returns:
+        The figure, one paper column wide, 200 dpi.
+
+    Raises:
+        ValueError: a field that the history has not, or a history of several seeds.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(
+        ...     round=[1, 2], client_ids=np.array([[0, 1], [0, 1]]),
+        ...     byzantine=np.array([[False, True], [False, True]]),
+        ...     details={"trust": np.array([[0.9, 0.3], [1.0, 0.1]])})
+        >>> figure = client_plot(history, ["trust"])
+        >>> len(figure.axes[0].lines)
+        2
+    """
+    rounds, ids = np.asarray(history.round), np.asarray(history.client_ids)
+    if rounds.ndim != 1:
+        raise ValueError(
+            "client_plot draws one seed; got a history with round of shape "
+            f"{rounds.shape}. Take one: jax.tree.map(lambda x: x[0], history)."
+        )
+    found = {}
+    for field in fields:
+        values = history.details.get(field, getattr(history, field, None))
+        if np.shape(values) != ids.shape:
+            raise ValueError(
+                f"client_plot finds no {field!r} of shape {ids.shape} in the history; "
+                f"its details are {', '.join(history.details) or 'none'}."
+            )
+        found[field] = np.asarray(values, float)
+    with mpl.rc_context(STYLE):
+        height = 0.5 + 1.6 * len(found)
+        figure = NotebookFigure(figsize=(COLUMN, height), dpi=200, layout="constrained")
+        panels = figure.subplots(len(found), sharex=True, squeeze=False)[:, 0]
+        for axes, (field, values) in zip(panels, found.items(), strict=True):
+            for mark in marks:
+                axes.axvline(mark, color="0.6", linewidth=0.6, linestyle=(0, (2, 2)))
+            for client in np.unique(ids):
+                own = ids == client
+                liar = bool(np.asarray(history.byzantine)[own].any())
+                line = np.where(own, values, np.nan)
+                line = np.where(np.isfinite(line), line, np.nan)
+                axes.plot(
+                    rounds,
+                    _mean_defined(line, axis=1),
+                    color=COLOURS[liar],
+                    linestyle="--" if liar else "-",
+                    zorder=2 + liar,
+                    label="Byzantine client" if liar else "honest client",
+                )
+            axes.set_ylabel(field)
+        _label_rounds(panels[-1])
+        handles, names = panels[0].get_legend_handles_labels()
+        once = dict(zip(names, handles, strict=True))
+        figure.set_figheight(figure.get_figheight() + 0.16)
+        figure.legend(
+            list(once.values()), list(once), loc="outside lower center", ncols=len(once)
+        )
+        if title is not None:
+            panels[0].set_title(title)
         return _save(figure, path)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.evaluation import Scores, evaluate_systems
+from fedjax_sim.cohorts import Defended, defend_cohorts
+from fedjax_sim.evaluation import evaluate_clients, evaluate_systems
 from fedjax_sim.metrics import detection
 from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
 from fedjax_sim.sharding import share_out
@@ -34,17 +35,18 @@ if TYPE_CHECKING:
 def apply_rule(
     rule: Aggregator, updates: PyTree, state: PyTree, context: RoundContext
 ) -> tuple[PyTree, PyTree, AggregatorInfo, Array]:
-    """Applies a rule with non-finite rows taken out first.
+    """Applies a rule with non-finite rows, and those not in the mask, taken out first.
 
     Returns the aggregate, the rule's state, its info, and ``finite bool [k]``.
     """
     U, unravel = ravel_clients(updates)
     finite = finite_rows(U)
-    clean = jax.vmap(unravel)(jnp.where(finite[:, None], U, 0.0))
-    context = context._replace(mask=finite, byzantine=None, aggregate=None)
+    present = finite if context.mask is None else finite & context.mask
+    clean = jax.vmap(unravel)(jnp.where(present[:, None], U, 0.0))
+    context = context._replace(mask=present, byzantine=None, aggregate=None)
     aggregate, state, info = rule.apply(clean, state, context)
     info = info._replace(
-        flagged=info.flagged | ~finite, weights=jnp.where(finite, info.weights, 0.0)
+        flagged=info.flagged | ~present, weights=jnp.where(present, info.weights, 0.0)
     )
     return aggregate, state, info, finite
 
@@ -54,10 +56,12 @@ def finish_round(
     state: RoundState,
     clients: Clients,
     trained: Trained,
+    defended: Defended | None,
     root_update: Array | None,
 ) -> tuple[RoundState, History]:
     """Attack, aggregation, server step and the round's metrics of one system."""
-    ids, rows, client_states, info = trained
+    ids, rows, client_states, info, samples = trained
+    sizes = clients.mask[ids].sum(axis=1) if defended is None else samples["samples"]
     _, unravel = ravel_clients(jax.tree.map(lambda w: w[None], state.params))
     # Attacks and rules ravel what is unraveled here, and XLA drops both. It cannot once
     # it has joined these cuts with the cut of this system's rows: hence the barrier.
@@ -70,7 +74,8 @@ def finish_round(
         previous_aggregate=state.previous_aggregate,
         round=state.round,
         client_ids=ids,
-        num_samples=clients.mask[ids].sum(axis=1).astype(jnp.float32),
+        num_samples=sizes.astype(jnp.float32),
+        mask=None if defended is None else sizes > 0,
         root_update=None if root_update is None else unravel(root_update),
         byzantine=byzantine,
     )
@@ -97,6 +102,7 @@ def finish_round(
         previous_aggregate=aggregate,
         aggregator=rule_state,
         attack=attack_state,
+        defense=state.defense if defended is None else defended.state,
         optimizer=optimizer,
         clients=jax.tree.map(
             lambda x, y: x.at[ids].set(y), state.clients, client_states
@@ -113,8 +119,11 @@ def finish_round(
         round=new_state.round,
         accuracy=unknown,
         loss=unknown,
+        auc=unknown,
+        balanced_accuracy=unknown,
         attack_success=unknown,
         class_recall=jnp.full(sim.num_classes, jnp.nan, jnp.float32),
+        class_specificity=jnp.full(sim.num_classes, jnp.nan, jnp.float32),
         train_loss=jnp.where(honest, info.loss, 0.0).sum() / honest.sum(),
         aggregate_norm=norm,
         num_byzantine=found.num_byzantine,
@@ -131,6 +140,8 @@ def finish_round(
         flagged=verdict.flagged,
         scores=verdict.scores,
         details=verdict.details,
+        local={},
+        defense={} if defended is None else samples | defended.info,
     )
     return new_state, history
 
@@ -139,33 +150,47 @@ def play_round(
     sims: Mapping[str, "Simulation"],
     states: Mapping[str, RoundState],
     arrays: Arrays,
+    round: Array,
     evaluate_now: Array,
 ) -> tuple[dict[str, RoundState], dict[str, History]]:
-    """One round of every system, evaluated where ``evaluate_now`` (``bool []``)."""
-    trained = train_cohorts(sims, states, arrays)
+    """One round of every system, evaluated where ``evaluate_now`` (``bool []``).
+
+    ``round`` is that of the states, which hold one for every seed.
+    """
+    defended = defend_cohorts(sims, states, arrays.clients, round)
+    trained = train_cohorts(sims, states, arrays, defended)
     roots = train_roots(sims, states, arrays)
     finished = share_out(
         {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
-        {n: (states[n], arrays.clients, trained[n], roots.get(n)) for n in sims},
+        {
+            n: (states[n], arrays.clients, trained[n], defended.get(n), roots.get(n))
+            for n in sims
+        },
         next(iter(sims.values())).num_devices,
     )
     new_states = {name: state for name, (state, _) in finished.items()}
     histories = {name: history for name, (_, history) in finished.items()}
-    if arrays.test is not None:
 
-        def measure(params: Mapping[str, Params]) -> Any:
-            return evaluate_systems(sims, params, arrays.test)
+    def measure(params: Mapping[str, Params]) -> dict[str, Any]:
+        found: dict[str, Any] = {name: {} for name in sims}
+        if arrays.test is not None:
+            for n, (scores, success) in evaluate_systems(
+                sims, params, arrays.test
+            ).items():
+                found[n] |= scores._asdict() | {"attack_success": success}
+        if arrays.local_test is not None:
+            for n, local in evaluate_clients(
+                sims, states, params, arrays.local_test
+            ).items():
+                found[n]["local"] = local
+        return found
 
-        def skip(params: Mapping[str, Params]) -> Any:
-            return {
-                n: (Scores(h.accuracy, h.loss, h.class_recall), h.attack_success)
-                for n, h in histories.items()
-            }
+    def skip(params: Mapping[str, Params]) -> dict[str, Any]:
+        return jax.tree.map(
+            lambda x: jnp.full(x.shape, jnp.nan, x.dtype),
+            jax.eval_shape(measure, params),
+        )
 
-        params = {name: state.params for name, state in new_states.items()}
-        found = jax.lax.cond(evaluate_now, measure, skip, params)
-        for name, (scores, success) in found.items():
-            histories[name] = histories[name]._replace(
-                **scores._asdict(), attack_success=success
-            )
-    return new_states, histories
+    params = {name: state.params for name, state in new_states.items()}
+    found = jax.lax.cond(evaluate_now, measure, skip, params)
+    return new_states, {n: h._replace(**found[n]) for n, h in histories.items()}

@@ -18,6 +18,7 @@ from fedjax_sim.state import INIT, Arrays, History, RoundState, fresh_state
 from fedjax_sim.types import (
     Aggregator,
     Array,
+    ClientDefense,
     Clients,
     ClientUpdate,
     DataAttack,
@@ -33,6 +34,7 @@ SHARED = (
     "model",
     "client_update",
     "test",
+    "local_test",
     "cohort_size",
     "client_chunk",
     "num_devices",
@@ -55,12 +57,16 @@ class Simulation:
         client_update: local training, such as ``fs.local_sgd``.
         aggregator: the server's rule.
         test: held-out samples for evaluation; None to never evaluate.
+        local_test: samples that every client keeps for evaluation, from
+            ``fs.data.hold_out``: the server's model is then evaluated on those of the
+            cohort, client by client (``History.local``).
         root: the server's own clean samples, for rules that need a root update.
         root_steps: local steps of the root update. Default: as many as a client takes
             on average, because the norm of the root update grows with them and FLTrust
             scales everybody to it.
         attack: what Byzantine clients do to their updates.
         data_attack: what they do to their data; both may be given.
+        client_defense: what clients leave out of their data before they train.
         byzantine_update: local training of the Byzantine clients, where it is another
             than ``client_update``: more epochs, another rate or loss. What they learn
             by it then passes through ``attack``.
@@ -98,10 +104,12 @@ class Simulation:
     client_update: ClientUpdate
     aggregator: Aggregator
     test: Examples | None = dataclasses.field(default=None, repr=False)
+    local_test: Clients | None = dataclasses.field(default=None, repr=False)
     root: Examples | None = dataclasses.field(default=None, repr=False)
     root_steps: int | None = None
     attack: UpdateAttack | None = None
     data_attack: DataAttack | None = None
+    client_defense: ClientDefense | None = None
     byzantine_update: ClientUpdate | None = None
     num_byzantine: int = 0
     # None until __post_init__ has put the default in, so an int to every reader.
@@ -126,6 +134,7 @@ class Simulation:
         checks.check_attackers(self, cohort, self.num_classes)
         checks.check_byzantine_update(self, sizes)
         checks.check_root(self)
+        checks.check_local_test(self)
         checks.check_plugins(self, cohort)
         # A frozen dataclass is filled in once, here.
         object.__setattr__(self, "cohort_size", cohort)
@@ -306,7 +315,9 @@ class Comparison:
             test = Examples(
                 jnp.asarray(test.inputs), jnp.asarray(test.targets, jnp.int32)
             )
-        return replicate(Arrays(first.clients, root, test), first.num_devices)
+        return replicate(
+            Arrays(first.clients, root, test, first.local_test), first.num_devices
+        )
 
     @functools.cached_property
     def _fresh(self) -> "jax.stages.Wrapped":
@@ -342,7 +353,9 @@ class Comparison:
             def body(states: dict, index: Array) -> tuple[dict, dict]:
                 done = index + 1
                 evaluate_now = (done % eval_every == 0) | (done == last)
-                return rounds.play_round(self.systems, states, arrays, evaluate_now)
+                return rounds.play_round(
+                    self.systems, states, arrays, index, evaluate_now
+                )
 
             def one(states: dict) -> tuple[dict, dict]:
                 return jax.lax.scan(body, states, start + jnp.arange(num_rounds))

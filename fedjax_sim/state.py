@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
 
 # Streams of a run's key. Adding one at the end leaves earlier results as they are.
-INIT, BYZANTINE, COHORT, TRAIN, POISON, ATTACK, AGGREGATE, ROOT = range(8)
+INIT, BYZANTINE, COHORT, TRAIN, POISON, ATTACK, AGGREGATE, ROOT, DEFENSE = range(9)
 
 
 class RoundState(NamedTuple):
     """All that passes from one round to the next: the scan's only carry.
 
     ``byzantine`` is ``bool [N]``, the persistent attackers; ``aggregator``, ``attack``,
-    ``optimizer`` and ``clients`` (leading axis N) are what each of those remembers.
-    With several seeds every leaf has a leading seed axis.
+    ``defense``, ``optimizer`` and ``clients`` (leading axis N) are what each of those
+    remembers. With several seeds every leaf has a leading seed axis.
     """
 
     params: Params
@@ -29,6 +29,7 @@ class RoundState(NamedTuple):
     previous_aggregate: Params
     aggregator: PyTree
     attack: PyTree
+    defense: PyTree
     optimizer: PyTree
     clients: PyTree
     byzantine: Array
@@ -41,18 +42,25 @@ class History(NamedTuple):
 
     Attributes:
         round: ``int32 [R]``, rounds finished, from 1.
-        accuracy: ``float32 [R]``, share of test samples classified correctly; NaN where
-            the round was not evaluated.
+        accuracy: ``float32 [R]``, share of test samples classified correctly (of their
+            labels, in a multilabel task); NaN where the round was not evaluated.
         loss: ``float32 [R]``, mean test loss; NaN likewise.
+        auc: ``float32 [R]``, area under the ROC curve, mean over classes; NaN likewise,
+            and where an output was not finite. See ``fs.metrics.auc``.
+        balanced_accuracy: ``float32 [R]``, accuracy with every class counting alike;
+            NaN likewise. See ``fs.metrics.balanced_accuracy``.
         attack_success: ``float32 [R]``, share of the test samples on which the model
             says what the system's data attack wants, of those that count (see
             ``DataAttack.trigger``); NaN likewise, and without a targeted data attack.
         class_recall: ``float32 [R, C]``, share of the test samples of each class that
-            were classified correctly; NaN likewise, and for a class without any.
+            were told so, its sensitivity; NaN likewise, and for a class without any.
+        class_specificity: ``float32 [R, C]``, share of the test samples not of each
+            class that were told so; NaN likewise.
         train_loss: ``float32 [R]``, mean local loss of the cohort's honest clients.
         aggregate_norm: ``float32 [R]``, Euclidean norm of the aggregate.
         num_byzantine: ``int32 [R]``, Byzantine clients in the cohort.
-        num_flagged: ``int32 [R]``, clients the rule rejected.
+        num_flagged: ``int32 [R]``, clients the rule rejected, or that their own defense
+            left without samples.
         num_nonfinite: ``int32 [R]``, updates left out for a NaN or infinity.
         no_aggregate: ``bool [R]``, True where nobody was left and the model stayed.
         tpr: ``float32 [R]``, share of Byzantine clients that were flagged; NaN without
@@ -64,13 +72,22 @@ class History(NamedTuple):
         weights: ``float32 [R, k]``; with ``flagged`` ``bool [R, k]`` and ``scores``
             ``float32 [R, k]`` as in ``AggregatorInfo``.
         details: the rule's further per-client arrays ``[R, k]`` by name.
+        local: ``loss`` and ``accuracy`` ``[R, k]`` of the new model on every client's
+            own held-out samples, poisoned where it is Byzantine; NaN where the round
+            was not evaluated. Empty without ``Simulation.local_test``.
+        defense: of a system with a client defense ``int32 [R, k]``: ``samples`` each
+            client trained on, ``poisoned`` samples it had, ``poisoned_left_out`` and
+            ``clean_left_out``; and what the defense itself reports. Else empty.
     """
 
     round: AnyArray
     accuracy: AnyArray
     loss: AnyArray
+    auc: AnyArray
+    balanced_accuracy: AnyArray
     attack_success: AnyArray
     class_recall: AnyArray
+    class_specificity: AnyArray
     train_loss: AnyArray
     aggregate_norm: AnyArray
     num_byzantine: AnyArray
@@ -86,6 +103,8 @@ class History(NamedTuple):
     flagged: AnyArray
     scores: AnyArray
     details: Mapping[str, AnyArray]
+    local: Mapping[str, AnyArray]
+    defense: Mapping[str, AnyArray]
 
 
 class Arrays(NamedTuple):
@@ -94,6 +113,7 @@ class Arrays(NamedTuple):
     clients: Clients
     root: Clients | None
     test: Any
+    local_test: Clients | None
 
 
 def stream(state: RoundState, which: int) -> Array:
@@ -124,12 +144,16 @@ def fresh_state(
             client_states,
         )
     attack = () if sim.attack is None else sim.attack.init(params, sim.num_clients)
+    defense: PyTree = ()
+    if sim.client_defense is not None:
+        defense = sim.client_defense.init(sim.clients.mask)
     return RoundState(
         params=params,
         previous_params=params,
         previous_aggregate=jax.tree.map(jnp.zeros_like, params),
         aggregator=sim.aggregator.init(params, sim.num_clients),
         attack=attack,
+        defense=defense,
         optimizer=sim.server_optimizer.init(params),
         clients=client_states,
         byzantine=byzantine,

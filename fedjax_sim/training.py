@@ -4,25 +4,27 @@ All systems of a comparison share model, clients and local training, so the clie
 every system, and of every seed, are trained by one compiled loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from fedjax_sim.cohorts import (
+    Defended,
+    Row,
+    cohort_rows,
+    data_attacks,
+    join,
+    left_out,
+    own_data,
+    split,
+)
 from fedjax_sim.models import Model
 from fedjax_sim.pytrees import ravel_clients
 from fedjax_sim.sharding import over_devices
-from fedjax_sim.state import (
-    POISON,
-    ROOT,
-    TRAIN,
-    Arrays,
-    RoundState,
-    draw_cohort,
-    stream,
-)
+from fedjax_sim.state import ROOT, Arrays, RoundState, stream
 from fedjax_sim.types import (
     Array,
     ClientInfo,
@@ -31,103 +33,68 @@ from fedjax_sim.types import (
     DataAttack,
     Params,
     PyTree,
-    RoundContext,
 )
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
 
 
-class Row(NamedTuple):
-    """One client to train: everything but the shared data and the parameters.
-
-    ``system`` picks its starting point from the stacked parameters; ``poison`` is the
-    position of its data attack, -1 for an honest client, and ``rank`` its number among
-    the attackers.
-    """
-
-    system: Array
-    client_id: Array
-    key: Array
-    poison_key: Array
-    poison: Array
-    rank: Array
-    round: Array
-    state: PyTree
-
-
-def make_trainer(
-    model: Model,
-    update: ClientUpdate,
-    data_attacks: tuple[DataAttack, ...],
-    padded: bool,
+def over_rows(
+    one: Callable[[Clients, Params, Row], PyTree],
     chunk: int,
-    num_devices: int = 1,
+    num_devices: int,
+    finish: Callable[[PyTree], PyTree] = lambda out: out,
 ) -> Any:
-    """``(clients, params [S, ...], rows [R]) -> (updates [R, d], states, info)``.
+    """``(clients, params [S, ...], rows [R]) -> finish(one of every row [R, ...])``.
 
-    Each device takes its part of the rows. There ``chunk`` rows at a time are vmapped,
-    chunks run one after the other. vmapping the trainer itself (over seeds) only adds
-    rows, so seeds run at the speed of clients.
+    ``one`` gets the parameters of the row's system. Each device takes its part of the
+    rows. There ``chunk`` rows at a time are vmapped, chunks run one after the other.
+    vmapping the whole (over seeds) only adds rows, so seeds run at the speed of
+    clients.
     """
 
-    def train_one(clients: Clients, params: Params, row: Row) -> Any:
-        data = clients.gather(row.client_id)
-        if not padded:
-            data = data._replace(mask=None)
-        context = RoundContext(round=row.round, client_ids=row.client_id, rank=row.rank)
-        for position, attack in enumerate(data_attacks):
-            poisoned = attack.poison(row.poison_key, data, context)
-            chosen = row.poison == position
-            data = jax.tree.map(
-                lambda a, b, c=chosen: jnp.where(c, a, b), poisoned, data
-            )
-        start = jax.tree.map(lambda x: x[row.system], params)
-        return update.apply(model, row.key, start, data, row.state, row.round)
-
-    def train_rows(shared: tuple[Clients, Params], rows: Row) -> Any:
+    def part(shared: tuple[Clients, Params], rows: Row) -> Any:
         clients, params = shared
         count = rows.client_id.shape[0]
         size = largest_divisor(count, chunk)
 
-        def one(row: Row) -> Any:
-            return train_one(clients, params, row)
+        def row(row: Row) -> Any:
+            return one(clients, jax.tree.map(lambda x: x[row.system], params), row)
 
         if size == count:
-            out = jax.vmap(one)(rows)
+            out = jax.vmap(row)(rows)
         elif size == 1:
-            out = jax.lax.map(one, rows)
+            out = jax.lax.map(row, rows)
         else:
-            split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
-            out = jax.lax.map(jax.vmap(one), split)
+            chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+            out = jax.lax.map(jax.vmap(row), chunks)
             out = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
-        updates, states, info = out
-        return ravel_clients(updates)[0], states, info
+        return finish(out)
 
-    spread = over_devices(train_rows, num_devices)
+    spread = over_devices(part, num_devices)
 
     @custom_vmap
-    def train(clients: Clients, params: Params, rows: Row) -> Any:
+    def whole(clients: Clients, params: Params, rows: Row) -> Any:
         return spread((clients, params), rows)
 
-    @train.def_vmap
-    def train_seeds(
+    @whole.def_vmap
+    def seeds(
         seeds: int, batched: Any, clients: Clients, params: Params, rows: Row
     ) -> Any:
         clients_batched, params_batched, rows_batched = batched
         if any(jax.tree.leaves(clients_batched)):
             raise NotImplementedError("the clients' data cannot differ between seeds")
 
-        def spread(x: Array, is_batched: bool) -> Array:
+        def each(x: Array, is_batched: bool) -> Array:
             return x if is_batched else jnp.broadcast_to(x, (seeds, *x.shape))
 
-        params = jax.tree.map(spread, params, params_batched)
-        rows = jax.tree.map(spread, rows, rows_batched)
+        params = jax.tree.map(each, params, params_batched)
+        rows = jax.tree.map(each, rows, rows_batched)
         systems = jax.tree.leaves(params)[0].shape[1]
         offset = systems * jnp.arange(seeds, dtype=rows.system.dtype)
         rows = rows._replace(system=rows.system + offset[:, None])
         count = rows.client_id.shape[1]
-        out = train(
+        out = whole(
             clients,
             jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), params),
             jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows),
@@ -135,7 +102,48 @@ def make_trainer(
         out = jax.tree.map(lambda x: x.reshape(seeds, count, *x.shape[1:]), out)
         return out, jax.tree.map(lambda _: True, out)
 
-    return train
+    return whole
+
+
+class Trained(NamedTuple):
+    """A trained cohort: ids ``[k]``, and what its clients gave back, row by row.
+
+    ``updates`` is one matrix ``[k, d]``: the compiler then has one array to pass on,
+    attack, check and aggregate, and not one for every array of the model. ``samples``
+    counts what each client trained on and left out, where a system has a defense.
+    """
+
+    ids: Array
+    updates: Array
+    states: PyTree
+    info: ClientInfo
+    samples: dict[str, Array]
+
+
+def make_trainer(
+    model: Model,
+    update: ClientUpdate,
+    attacks: tuple[DataAttack, ...],
+    padded: bool,
+    chunk: int,
+    num_devices: int = 1,
+) -> Any:
+    """``(clients, params [S, ...], rows [R]) -> the fields of Trained but its ids``."""
+
+    def train_one(clients: Clients, params: Params, row: Row) -> Any:
+        data, clean = own_data(clients, row, attacks, padded or row.keep is not None)
+        samples = {}
+        if row.keep is not None:
+            samples = left_out(data, clean, row.keep)
+            data = data._replace(mask=data.valid & row.keep)
+        out = update.apply(model, row.key, params, data, row.state, row.round)
+        return *out, samples
+
+    def finish(out: Any) -> Any:
+        updates, *others = out
+        return ravel_clients(updates)[0], *others
+
+    return over_rows(train_one, chunk, num_devices, finish)
 
 
 def largest_divisor(count: int, limit: int) -> int:
@@ -143,60 +151,34 @@ def largest_divisor(count: int, limit: int) -> int:
     return next(size for size in range(min(count, limit), 0, -1) if count % size == 0)
 
 
-class Trained(NamedTuple):
-    """A trained cohort: ids ``[k]``, and what its clients gave back, row by row.
-
-    ``updates`` is one matrix ``[k, d]``: the compiler then has one array to pass on,
-    attack, check and aggregate, and not one for every array of the model.
-    """
-
-    ids: Array
-    updates: Array
-    states: PyTree
-    info: ClientInfo
-
-
 def train_cohorts(
-    sims: Mapping[str, "Simulation"], states: Mapping[str, RoundState], arrays: Arrays
+    sims: Mapping[str, "Simulation"],
+    states: Mapping[str, RoundState],
+    arrays: Arrays,
+    defended: Mapping[str, Defended],
 ) -> dict[str, Trained]:
-    """Trains every system's cohort."""
+    """Trains every system's cohort on what its defense leaves it."""
     first = next(iter(sims.values()))
-    attacks = tuple({s.data_attack: None for s in sims.values() if s.data_attack})
-    rows_of = {}
-    for position, (name, sim) in enumerate(sims.items()):
-        state = states[name]
-        ids = draw_cohort(sim, state)
-        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-        which = attacks.index(sim.data_attack) if sim.data_attack else -1
-        rows_of[name] = Row(
-            system=jnp.full(ids.shape, position, jnp.int32),
-            client_id=ids,
-            key=fold(stream(state, TRAIN), ids),
-            # Not folded by round: an attacker poisons its data once and for all.
-            poison_key=fold(jax.random.fold_in(state.key, POISON), ids),
-            poison=jnp.where(state.byzantine[ids], which, -1),
-            rank=(jnp.cumsum(state.byzantine) - 1)[ids],
-            round=jnp.broadcast_to(state.round, ids.shape),
-            state=jax.tree.map(lambda x, i=ids: x[i], state.clients),
-        )
+    rows_of = cohort_rows(sims, states)
+    for name, row in rows_of.items():
+        kept = None
+        if defended:
+            kept = arrays.clients.mask[row.client_id]
+            kept = defended[name].keep if name in defended else kept
+        own = jax.tree.map(lambda x, i=row.client_id: x[i], states[name].clients)
+        rows_of[name] = row._replace(keep=kept, state=own)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(states[n].params for n in sims))
 
     def train(update: ClientUpdate, rows: dict[str, Row]) -> dict[str, Any]:
         trainer = make_trainer(
             first.model,
             update,
-            attacks,
+            data_attacks(sims),
             first.padded,
             first.client_chunk,
             first.num_devices,
         )
-        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values())
-        out, start, results = trainer(arrays.clients, stacked, joined), 0, {}
-        for name, own in rows.items():
-            part = slice(start, start + len(own.client_id))
-            results[name] = jax.tree.map(lambda x, p=part: x[p], out)
-            start = part.stop
-        return results
+        return split(trainer(arrays.clients, stacked, join(rows)), rows)
 
     results = train(first.client_update, rows_of)
     replaced: dict[ClientUpdate, dict[str, Array]] = {}
@@ -265,5 +247,5 @@ def train_roots(
             update.init(states[next(iter(needing))].params),
         ),
     )
-    updates, _, _ = train(arrays.root, stacked, rows)
+    updates, *_ = train(arrays.root, stacked, rows)
     return {name: updates[i] for i, name in enumerate(needing)}

@@ -67,6 +67,13 @@ class ClientData(NamedTuple):
     targets: Array
     mask: Array | None
 
+    @property
+    def valid(self) -> Array:
+        """``bool [m]``: the samples of one client that count."""
+        if self.mask is not None:
+            return self.mask
+        return jnp.ones(self.inputs.shape[:1], bool)
+
 
 class Clients(NamedTuple):
     """All clients of a run: one sample pool and an index table into it, no copies.

@@ -134,7 +134,7 @@ def test_a_backdoor_s_success_is_reported(tmp_path):
 def test_measures_of_an_early_end_are_dropped():
     """A run of 3 rounds evaluated in round 3, then extended to 4."""
     values = np.array([np.nan, 0.5, 0.6, 0.7], np.float32)
-    fields = ("accuracy", "loss", "attack_success")
+    fields = ("accuracy", "loss", "auc", "balanced_accuracy", "attack_success")
 
     class History(SimpleNamespace):
         def _replace(self, **changes):
@@ -146,6 +146,8 @@ def test_measures_of_an_early_end_are_dropped():
         history = History(
             round=np.broadcast_to([1, 2, 3, 4], shape),
             class_recall=np.stack([own] * 3, axis=-1),
+            class_specificity=np.stack([own] * 3, axis=-1),
+            local={"loss": np.stack([own] * 2, axis=-1)},
             **dict.fromkeys(fields, own),
         )
         shown = runner._drop_early_ends(history, SimpleNamespace(eval_every=2), 4)
@@ -155,6 +157,8 @@ def test_measures_of_an_early_end_are_dropped():
             np.testing.assert_array_equal(got, np.broadcast_to(expected, shape))
         got = np.isfinite(shown.class_recall)
         assert (got.sum(axis=-1) == 3 * expected).all()
+        got = np.isfinite(shown.local["loss"])
+        assert (got.sum(axis=-1) == 2 * expected).all()
 
 
 def test_summary_and_client_records(finished):

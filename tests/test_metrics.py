@@ -9,7 +9,11 @@ from fedjax_sim.metrics import (
     Detection,
     accuracy,
     attack_success,
+    auc,
+    balanced_accuracy,
     class_recall,
+    class_specificity,
+    correct,
     detection,
     worst_case,
 )
@@ -59,7 +63,7 @@ def predictions(seed=0):
 
 def test_class_recall_equals_a_loop():
     outputs, said, targets = predictions()
-    got = jax.jit(class_recall, static_argnums=2)(outputs, targets, 5)
+    got = jax.jit(class_recall)(outputs, targets)
     assert got.dtype == jnp.float32
     expected = poisoned.class_recall(said, targets.tolist(), 5)
     assert np.isnan(expected[3])
@@ -67,6 +71,101 @@ def test_class_recall_equals_a_loop():
     counts = np.bincount(targets, minlength=5)
     weighted = np.nansum(np.asarray(got) * counts) / counts.sum()
     np.testing.assert_allclose(weighted, accuracy(outputs, targets), rtol=1e-6)
+
+
+def test_class_specificity_and_balanced_accuracy_equal_loops():
+    outputs, said, targets = predictions()
+    got = jax.jit(class_specificity)(outputs, targets)
+    for c in range(5):
+        others = [p for p, y in zip(said, targets.tolist()) if y != c]
+        assert float(got[c]) == pytest.approx(sum(p != c for p in others) / len(others))
+    recalls = poisoned.class_recall(said, targets.tolist(), 5)
+    expected = np.mean([r for r in recalls if r == r])
+    np.testing.assert_allclose(
+        jax.jit(balanced_accuracy)(outputs, targets), expected, rtol=1e-6
+    )
+
+
+def multilabel(seed=3):
+    """Outputs and labels ``[200, 4]``; nobody has label 2."""
+    rng = np.random.default_rng(seed)
+    outputs = rng.normal(size=(200, 4)).astype(np.float32)
+    targets = (rng.random((200, 4)) < [0.5, 0.1, 0.0, 0.9]).astype(np.int32)
+    return jnp.asarray(outputs), jnp.asarray(targets)
+
+
+def test_metrics_of_several_labels_equal_loops():
+    outputs, targets = multilabel()
+    said, truth = np.asarray(outputs) > 0, np.asarray(targets) == 1
+    recalls, specificities = [], []
+    for label in range(4):
+        pairs = list(zip(said[:, label], truth[:, label]))
+        yes = [p for p, y in pairs if y]
+        no = [p for p, y in pairs if not y]
+        recalls.append(sum(yes) / len(yes) if yes else np.nan)
+        specificities.append(sum(not p for p in no) / len(no))
+    np.testing.assert_allclose(jax.jit(class_recall)(outputs, targets), recalls, 1e-6)
+    np.testing.assert_allclose(
+        jax.jit(class_specificity)(outputs, targets), specificities, 1e-6
+    )
+    both = [(r + s) / 2 for r, s in zip(recalls, specificities) if r == r]
+    np.testing.assert_allclose(
+        balanced_accuracy(outputs, targets), np.mean(both), rtol=1e-6
+    )
+    right = [np.mean([p == y for p, y in zip(*row)]) for row in zip(said, truth)]
+    np.testing.assert_allclose(jax.jit(correct)(outputs, targets), right, rtol=1e-6)
+    np.testing.assert_allclose(accuracy(outputs, targets), np.mean(right), rtol=1e-6)
+    wanted, counts = jnp.full(200, 1), targets[:, 1] == 0
+    hits = [said[i, 1] for i in range(200) if not truth[i, 1]]
+    got = attack_success(outputs, wanted, counts, multilabel=True)
+    np.testing.assert_allclose(got, np.mean(hits), rtol=1e-6)
+
+
+def area(scores, positive):
+    """Over all pairs of one of each kind: ranked rightly 1, equal 1/2."""
+    found = [
+        (a > b) + (a == b) / 2
+        for a in scores[positive]
+        for b in scores[np.logical_not(positive)]
+    ]
+    return np.mean(found) if found else np.nan
+
+
+@pytest.mark.parametrize("decimals", [6, 0])  # 0: most scores tie
+def test_auc_of_several_labels_equals_all_pairs(decimals):
+    outputs, targets = multilabel()
+    outputs = jnp.round(outputs, decimals)
+    columns = zip(np.asarray(outputs).T, np.asarray(targets).T)
+    each = [area(scores, labels == 1) for scores, labels in columns]
+    np.testing.assert_allclose(
+        jax.jit(auc)(outputs, targets), np.nanmean(each), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_auc_of_classes_ranks_by_log_odds(classes):
+    rng = np.random.default_rng(4)
+    # Confident outputs: probabilities of 1 - 1e-30 must not tie.
+    outputs = rng.normal(scale=30, size=(120, classes)).astype(np.float32)
+    targets = rng.integers(0, classes, 120)
+    outputs[np.arange(120), targets] += 20
+    wide = outputs.astype(np.float64)
+    each = []
+    for c in range(classes):
+        rest = np.delete(wide, c, axis=1)
+        odds = wide[:, c] - np.logaddexp.reduce(rest, axis=1)
+        each.append(area(odds, targets == c))
+    got = jax.jit(auc)(jnp.asarray(outputs), jnp.asarray(targets))
+    np.testing.assert_allclose(got, np.mean(each), rtol=1e-5)
+    if classes == 2:
+        np.testing.assert_allclose(each[0], each[1])
+
+
+def test_auc_is_unknown_without_both_kinds_or_with_a_nan():
+    outputs = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    assert np.isnan(auc(outputs, jnp.array([1, 1])))
+    assert float(auc(outputs, jnp.array([1, 0]))) == 1.0
+    assert np.isnan(auc(outputs.at[0, 0].set(jnp.nan), jnp.array([1, 0])))
 
 
 def test_attack_success_equals_a_loop():
@@ -83,7 +182,7 @@ def test_attack_success_equals_a_loop():
 def test_class_metrics_refuse_shapes_that_would_broadcast(shape):
     outputs, targets = jnp.zeros((4, 3)), jnp.zeros(shape, jnp.int32)
     with pytest.raises(ValueError, match="class_recall needs outputs"):
-        class_recall(outputs, targets, 3)
+        class_recall(outputs, targets)
     with pytest.raises(ValueError, match="attack_success needs outputs"):
         attack_success(outputs, targets, targets > 0)
 

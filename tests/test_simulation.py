@@ -548,9 +548,9 @@ def test_data_attack_poisons_byzantine_clients_only():
     both = fs.compare({"honest": honest, "poisoned": poisoned})
     states = both.init(jax.random.key(0))
     arrays = both.arrays
-    trained = training.train_cohorts(both.systems, states, arrays)
-    ids, clean, _, _ = trained["honest"]
-    _, dirty, _, _ = trained["poisoned"]
+    trained = training.train_cohorts(both.systems, states, arrays, {})
+    ids, clean = trained["honest"][:2]
+    dirty = trained["poisoned"].updates
     byzantine = np.asarray(states["poisoned"].byzantine[ids])
     assert 0 < byzantine.sum() < 8
     np.testing.assert_array_equal(jnp.any(clean != dirty, axis=1), byzantine)
@@ -573,7 +573,7 @@ def train_alone(sim, update):
         change, memory, info = update.apply(
             sim.model, key, state.params, data, (), state.round
         )
-        return ravel_pytree(change)[0], memory, info
+        return ravel_pytree(change)[0], memory, info, {}
 
     return train
 
@@ -582,7 +582,7 @@ def train_cohort(sim):
     """``state -> Trained`` of a simulation, compiled once."""
     arrays = sim.alone.arrays
     return jax.jit(
-        lambda state: training.train_cohorts({"a": sim}, {"a": state}, arrays)["a"]
+        lambda state: training.train_cohorts({"a": sim}, {"a": state}, arrays, {})["a"]
     )
 
 

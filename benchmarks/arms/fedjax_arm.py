@@ -71,7 +71,7 @@ def train(
     states = comparison.init(jax.random.key(0))
 
     def train_all(states: Any, arrays: Any) -> Any:
-        return training.train_cohorts(comparison.systems, states, arrays)
+        return training.train_cohorts(comparison.systems, states, arrays, {})
 
     args = (comparison.placed(states), comparison.arrays)
     start = time.perf_counter()
@@ -159,7 +159,7 @@ def parts(cores: int, steps: int = 60) -> dict[str, Any]:
         arrays = comparison.arrays
 
         def train(states: Any, arrays: Any, sims: Any = sims) -> Any:
-            trained = training.train_cohorts(sims, states, arrays)
+            trained = training.train_cohorts(sims, states, arrays, {})
             return trained, training.train_roots(sims, states, arrays)
 
         def rest(

@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fedjax_sim.data import images, medmnist, tfds
+from fedjax_sim.data import images, medmnist, tabular, tfds
 from fedjax_sim.data.sources import resolve_data_dir
 from fedjax_sim.registry import check_type, lookup
 from fedjax_sim.types import Dataset
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "digits": images.digits,
+    "breast_cancer": tabular.breast_cancer,
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
     **{spec.name: functools.partial(medmnist.load, spec) for spec in medmnist.SETS},
@@ -30,8 +31,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     copy. ``Dataset.source`` says which source it was.
 
     Args:
-        name: ``digits`` (8x8, comes with scikit-learn, needs no files), ``mnist``,
-            ``fashion_mnist``; of MedMNIST v2 ``pathmnist``, ``chestmnist`` (14 labels),
+        name: ``digits`` (8x8) and ``breast_cancer`` (30 measurements), which come with
+            scikit-learn and need no files; ``mnist``, ``fashion_mnist``; of MedMNIST v2 ``pathmnist``, ``chestmnist`` (14 labels),
             ``dermamnist``, ``octmnist``, ``pneumoniamnist``, ``retinamnist``,
             ``breastmnist``, ``bloodmnist``, ``tissuemnist``, ``organamnist``,
             ``organcmnist``, ``organsmnist``; or ``tfds:<name>[/<config>][:<version>]``
@@ -41,8 +42,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
             ``data`` in the user's cache folder. Decoded copies are never written to it.
 
     Returns:
-        A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs and ``int32
-        [s]`` targets, or ``int32 [s, L]`` of a multilabel set. ``val`` is the
+        A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs (``float32 [s,
+        30]`` of ``breast_cancer``) and ``int32 [s]`` targets, or ``int32 [s, L]`` of a multilabel set. ``val`` is the
         validation part of a set of MedMNIST, else None.
 
     Raises:

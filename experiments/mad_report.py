@@ -1,0 +1,434 @@
+"""What a run of mad_pneumonia says at its end: tables, plots, summary.md."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import fedjax_sim as fs
+from experiments import results, runner, specs
+
+TAIL = 5  # evaluations in a reported mean
+EXCLUSION_NOTE = (
+    "How many clients MAD excluded for good, over all seeds, and in which rounds. "
+    "Distances are scaled from the nearest to the farthest client of each round, so "
+    "the farthest of those who are left is at distance 1 whatever the others do."
+)
+CLIENTS_NOTE = (
+    "Loss and accuracy of the server's model on the samples that clients keep for "
+    f"evaluation, mean over clients and over the last {TAIL} evaluations. The first of "
+    "each two columns is of the participants, those not excluded so far, which is what "
+    "the paper's figure 3(a, b) averages: an attacker among them evaluates on flipped "
+    "labels, and its leaving changes that mean even where the model stays as it is. "
+    "*Benign* clients are the same at all times, excluded or not."
+)
+METRICS_NOTE = (
+    f"Mean of the last {TAIL} evaluations. Sensitivity and specificity are those of "
+    "class 1, the disease; *balanced* is their mean. *att. out* and *hon. out*: share "
+    "of the attackers and of the honest clients that were rejected in the last round "
+    "(by MAD for good; other rules decide anew in every round); a dash where a rule "
+    "rejects nobody. mad@5 is engaged in round 5."
+)
+CLAIMS_NOTE = (
+    "The paper shows curves without numbers, so its claims stand here beside what this "
+    "run measured. It does not give its network, learning rate, batch size, local "
+    "epochs, the threshold under which a client is excluded, or its number of runs."
+)
+
+
+def write(
+    config: Any,
+    result: runner.Result,
+    console: Console,
+    *,
+    cells: Mapping[str, Any],
+    command: str,
+    settings: str,
+) -> None:
+    """Prints the tables and writes the plots, ``summary.json`` and ``summary.md``.
+
+    Args:
+        config: of ``mad_pneumonia``.
+        result: its histories and seconds.
+        console: where the tables go.
+        cells: what each system is, by its name.
+        command: what starts this run.
+        settings: the run in a sentence.
+    """
+    histories = {name: _with_seeds(h) for name, h in result.histories.items()}
+    engagement = _engagement(config, cells)
+    tables = {
+        "Exclusion": (_exclusion_table(engagement, histories), EXCLUSION_NOTE),
+        "The clients' own samples": (
+            _client_table(engagement, histories),
+            CLIENTS_NOTE,
+        ),
+    }
+    note = METRICS_NOTE
+    for partition in config.partitions:
+        for attack in config.attacks:
+            systems = _systems(cells, partition, attack)
+            table = _metrics_table(systems, histories)
+            tables[f"Test set: {attack}, {partition}"] = (table, note)
+            note = ""
+    claims = _claims(config, cells, engagement, histories)
+    if claims:
+        tables["The paper's claims"] = (claims, CLAIMS_NOTE)
+    for title, (table, _) in tables.items():
+        console.print(fs.report.rich_table(*table, title=title))
+    plots = _plots(config, cells, engagement, histories)
+    for name, figure in plots.items():
+        for suffix in ("png", "pdf"):  # to look at; for a paper
+            figure.savefig(config.out / f"{name}.{suffix}")
+    results.write_summary(
+        config,
+        result.histories,
+        result.compile_seconds,
+        result.run_seconds,
+        {"command": command, "settings": settings},
+    )
+    parts = [
+        f"# MAD: {config.dataset}",
+        f"`{command}`",
+        f"{settings} {result.compile_seconds:.0f} s compiling, "
+        f"{result.run_seconds:.0f} s running.",
+        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
+    ]
+    for title, (table, note) in tables.items():
+        parts += [f"## {title}", *([note] if note else [])]
+        parts.append(fs.report.markdown_table(*table))
+    parts += [f"![{name}]({name}.png)" for name in plots]
+    results.write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
+    console.print(f"results in {config.out}: summary.md, {', '.join(plots)} (png, pdf)")
+
+
+def _with_seeds(history: fs.History) -> fs.History:
+    """The history with a leading seed axis, also of a run without one."""
+    if np.ndim(history.round) == 2:
+        return history
+    return jax.tree.map(lambda x: np.asarray(x)[None], history)
+
+
+def _engagement(config: Any, cells: Mapping[str, Any]) -> dict[str, str]:
+    """Label to system, of the part engagement: no attack, never, then MAD."""
+    first = (config.partitions[0], config.attacks[0])
+    found = {}
+    for name, cell in cells.items():
+        if cell.part != "settings" or cell.partition != first[0]:
+            continue
+        if cell.attack == specs.NO_ATTACK:
+            found["no attack"] = name
+        elif cell.attack == first[1] and cell.rule == "fedavg":
+            found["never"] = name
+    for name, cell in cells.items():
+        same = (cell.part, cell.partition, cell.attack) == ("settings", *first)
+        if same and cell.start is not None and cell.rule == config.mad[0]:
+            found[f"MAD from {cell.start}"] = name
+    return found
+
+
+def exclusions(history: fs.History) -> tuple[np.ndarray, np.ndarray]:
+    """When each client was rejected for good, and who is Byzantine: ``[seeds, N]``.
+
+    0 for a client that was never rejected, or not in the last round it took part in.
+    """
+    ids = np.asarray(history.client_ids)
+    shape = (len(ids), int(ids.max()) + 1)
+    since = np.zeros(shape, int)
+    byzantine = np.zeros(shape, bool)
+    for seed, client in np.ndindex(shape):
+        rows, places = np.nonzero(ids[seed] == client)
+        flagged = np.asarray(history.flagged)[seed, rows, places]
+        byzantine[seed, client] = np.asarray(history.byzantine)[
+            seed, rows, places
+        ].any()
+        free = np.flatnonzero(~flagged)
+        first = int(free[-1]) + 1 if free.size else 0
+        if first < len(rows):
+            since[seed, client] = np.asarray(history.round)[seed, rows[first]]
+    return since, byzantine
+
+
+def client_means(history: fs.History, field: str, who: str) -> np.ndarray:
+    """``[seeds, R]``: mean of a local measurement over ``participants`` or ``benign``.
+
+    NaN where the round was not evaluated, or nobody is left.
+    """
+    values = np.asarray(history.local[field], float)
+    chosen = ~np.asarray(history.byzantine if who == "benign" else history.flagged)
+    known = chosen & np.isfinite(values)
+    count = known.sum(axis=-1)
+    total = np.where(known, values, 0.0).sum(axis=-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _tail(values: np.ndarray) -> np.ndarray:
+    """Mean of the last evaluations, ``[seeds, R] -> [seeds]``."""
+    known = values[:, ~np.isnan(values).all(axis=0)]
+    return np.nanmean(known[:, -TAIL:], axis=1) if known.size else known[:, :0].mean(1)
+
+
+def _cell(per_seed: np.ndarray, digits: int = 3) -> str:
+    mean = f"{np.mean(per_seed):.{digits}f}"
+    if len(per_seed) == 1:
+        return mean
+    return f"{mean} ± {np.std(per_seed, ddof=1):.{digits}f}"
+
+
+def _when(rounds: np.ndarray) -> str:
+    """The rounds of exclusion of several clients and seeds, 0 for never."""
+    out = np.sort(rounds[rounds > 0])
+    share = f"{len(out)} of {rounds.size}"
+    if not out.size:
+        return share
+    span = f"{out[0]}" if out[0] == out[-1] else f"{out[0]}-{out[-1]}"
+    return f"{share}, round {span}"
+
+
+def _systems(cells: Mapping[str, Any], partition: str, attack: str) -> dict[str, str]:
+    """Rule to system, of one setting of the part settings; first without an attack."""
+    found = {}
+    for name, cell in cells.items():
+        if (cell.part, cell.partition) != ("settings", partition):
+            continue
+        if cell.attack == specs.NO_ATTACK:
+            found["fedavg, no attack"] = name
+        elif cell.attack == attack:
+            found[name.split(" ", 2)[2] if cell.start else cell.rule] = name
+    return found
+
+
+def _exclusion_table(
+    engagement: Mapping[str, str], histories: Mapping[str, fs.History]
+) -> fs.report.Table:
+    rows: list[tuple[str, ...]] = []
+    for label, name in engagement.items():
+        since, byzantine = exclusions(histories[name])
+        if label.startswith("MAD"):
+            rows.append((label, _when(since[byzantine]), _when(since[~byzantine])))
+    return fs.report.Table(("engaged", "attackers excluded", "honest excluded"), rows)
+
+
+def _client_table(
+    engagement: Mapping[str, str], histories: Mapping[str, fs.History]
+) -> fs.report.Table:
+    rows = []
+    for label, name in engagement.items():
+        measured = [
+            _cell(_tail(client_means(histories[name], field, who)))
+            for field in ("loss", "accuracy")
+            for who in ("participants", "benign")
+        ]
+        rows.append((label, *measured))
+    header = ("engaged", "loss", "loss, benign", "accuracy", "accuracy, benign")
+    return fs.report.Table(header, rows)
+
+
+def _metrics_table(
+    systems: Mapping[str, str], histories: Mapping[str, fs.History]
+) -> fs.report.Table:
+    rows = []
+    for label, name in systems.items():
+        history = histories[name]
+        measured = {
+            "accuracy": history.accuracy,
+            "balanced": history.balanced_accuracy,
+            "auc": history.auc,
+            "sensitivity": np.asarray(history.class_recall)[..., 1],
+            "specificity": np.asarray(history.class_specificity)[..., 1],
+        }
+        flagged = np.asarray(history.flagged)[:, -1]
+        byzantine = np.asarray(history.byzantine)[:, -1]
+        shares = ["-", "-"]
+        if np.asarray(history.flagged).any():
+            shares = [
+                results.percent(float(flagged[who].mean())) if who.any() else "-"
+                for who in (byzantine, ~byzantine)
+            ]
+        values = [_cell(_tail(np.asarray(v, float))) for v in measured.values()]
+        rows.append((label, *values, *shares))
+    header = (
+        "rule",
+        "accuracy",
+        "balanced",
+        "AUC",
+        "sensit.",
+        "specif.",
+        "att. out",
+        "hon. out",
+    )
+    return fs.report.Table(header, rows)
+
+
+def _around(
+    history: fs.History, values: np.ndarray, at: np.ndarray
+) -> tuple[list[float], list[float]]:
+    """The evaluations last before and first from each seed's round ``at``."""
+    before, after = [], []
+    for seed, when in enumerate(at):
+        rounds = np.asarray(history.round)[seed]
+        known = np.isfinite(values[seed])
+        earlier = values[seed][known & (rounds < when)]
+        later = values[seed][known & (rounds >= when)]
+        if when > 0 and earlier.size and later.size:
+            before.append(float(earlier[-1]))
+            after.append(float(later[0]))
+    return before, after
+
+
+def _claims(
+    config: Any,
+    cells: Mapping[str, Any],
+    engagement: Mapping[str, str],
+    histories: Mapping[str, fs.History],
+) -> fs.report.Table | None:
+    """What the paper says of its figure 3, and the numbers of this run."""
+    mad = {k: histories[v] for k, v in engagement.items() if k.startswith("MAD")}
+    if not mad or "never" not in engagement:
+        return None
+    caught, total, alarms, honest = 0, 0, 0, 0
+    moved: dict[str, tuple[list[float], list[float]]] = {}
+    for history in mad.values():
+        since, byzantine = exclusions(history)
+        caught += int((since[byzantine] > 0).sum())
+        total += int(byzantine.sum())
+        alarms += int((since[~byzantine] > 0).sum())
+        honest += int((~byzantine).sum())
+        # The round from which nobody of the attackers takes part.
+        gone = [
+            own[liars].max() if (own[liars] > 0).all() else 0
+            for own, liars in zip(since, byzantine)
+        ]
+        for who in ("participants", "benign"):
+            for field in ("loss", "accuracy"):
+                values = client_means(history, field, who)
+                pair = _around(history, values, np.array(gone))
+                old = moved.setdefault(f"{field} {who}", ([], []))
+                old[0].extend(pair[0])
+                old[1].extend(pair[1])
+
+    def change(key: str) -> str:
+        before, after = moved[key]
+        if not before:
+            return "no seed in which all attackers were excluded"
+        return f"{np.mean(before):.3f} to {np.mean(after):.3f}"
+
+    never = histories[engagement["never"]]
+
+    def course(who: str) -> str:
+        values = client_means(never, "loss", who).mean(axis=0)
+        rounds = np.asarray(never.round)[0]
+        known = np.flatnonzero(np.isfinite(values))
+        lowest = known[np.argmin(values[known])]
+        return (
+            f"lowest {values[lowest]:.3f} in round {rounds[lowest]}, "
+            f"{values[known[-1]]:.3f} in round {rounds[known[-1]]}"
+        )
+
+    rows: list[tuple[str, ...]] = [
+        (
+            "MAD excluded both attackers in every simulation",
+            f"{caught} of {total} attackers, and {alarms} of {honest} honest clients",
+        ),
+        (
+            "exclusion at once lowers the loss",
+            f"participants {change('loss participants')}, "
+            f"benign {change('loss benign')}",
+        ),
+        (
+            "exclusion at once raises the accuracy",
+            f"participants {change('accuracy participants')}, "
+            f"benign {change('accuracy benign')}",
+        ),
+        (
+            "without exclusion the loss does not converge but rises slightly",
+            f"participants: {course('participants')}; benign: {course('benign')}",
+        ),
+    ]
+    rows += _long_claims(config, cells, histories)
+    return fs.report.Table(("the paper", "here"), rows)
+
+
+def _long_claims(
+    config: Any, cells: Mapping[str, Any], histories: Mapping[str, fs.History]
+) -> list[tuple[str, str]]:
+    """Benign accuracy in the part long, before the last engagement and after."""
+    long = {c.start: histories[n] for n, c in cells.items() if c.part == "long"}
+    if len(long) < 2:
+        return []
+    late = max(long)
+    parts = []
+    for start, history in sorted(long.items()):
+        values = client_means(history, "accuracy", "benign")
+        rounds = np.asarray(history.round)[0]
+        known = np.isfinite(values).all(axis=0)
+        while_in = known & (rounds > late // 2) & (rounds < late)
+        after = known & (rounds > late)
+        text = f"engaged at {start}:"
+        for label, span in (("before", while_in), ("from", after)):
+            if span.any():
+                mean, spread = (
+                    values[:, span].mean(),
+                    values[:, span].std(axis=1).mean(),
+                )
+                text += f" {label} round {late} {mean:.3f} (spread {spread:.3f}),"
+        parts.append(text.rstrip(","))
+    claim = (
+        "attackers lower benign clients' accuracy and make it fluctuate until excluded"
+    )
+    return [(claim, "; ".join(parts))]
+
+
+def _plots(
+    config: Any,
+    cells: Mapping[str, Any],
+    engagement: Mapping[str, str],
+    histories: Mapping[str, fs.History],
+) -> dict[str, Any]:
+    def lines(systems: Mapping[str, str], field: str, who: str) -> dict[str, Any]:
+        return {
+            label: _evaluated(
+                histories[name], client_means(histories[name], field, who)
+            )
+            for label, name in systems.items()
+        }
+
+    draw: Callable[..., Any] = fs.report.line_plot
+    starts = [c.start for n, c in cells.items() if n in engagement.values() and c.start]
+    plots = {
+        "client_loss": draw(
+            lines(engagement, "loss", "participants"),
+            "loss, mean over participants",
+            marks=starts,
+        ),
+        "client_accuracy": draw(
+            lines(engagement, "accuracy", "participants"),
+            "accuracy, mean over participants",
+            marks=starts,
+        ),
+        "benign_accuracy": draw(
+            lines(engagement, "accuracy", "benign"),
+            "accuracy, mean over benign clients",
+            marks=starts,
+        ),
+    }
+    long = {f"MAD from {c.start}": n for n, c in cells.items() if c.part == "long"}
+    if long:
+        plots["benign_accuracy_long"] = draw(
+            lines(long, "accuracy", "benign"),
+            "accuracy, mean over benign clients",
+            marks=list(config.engage_long),
+        )
+    first = next(n for k, n in engagement.items() if k.startswith("MAD"))
+    one_seed = jax.tree.map(lambda x: np.asarray(x)[0], histories[first])
+    plots["trust"] = fs.report.client_plot(
+        one_seed, ["reputation", "trust"], marks=[cells[first].start]
+    )
+    return plots
+
+
+def _evaluated(history: fs.History, values: np.ndarray) -> tuple[Any, Any]:
+    known = np.isfinite(values).any(axis=0)
+    return np.asarray(history.round)[0][known], values[:, known]

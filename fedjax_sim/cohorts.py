@@ -1,0 +1,190 @@
+"""The clients of a round, what data they have, and what of it they leave out."""
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.sharding import share_out
+from fedjax_sim.state import DEFENSE, POISON, TRAIN, RoundState, draw_cohort, stream
+from fedjax_sim.types import (
+    Array,
+    ClientData,
+    Clients,
+    DataAttack,
+    PyTree,
+    RoundContext,
+)
+
+if TYPE_CHECKING:
+    from fedjax_sim.simulation import Simulation
+
+
+class Row(NamedTuple):
+    """One client of a round: everything but the shared data and the parameters.
+
+    ``system`` picks its starting point from the stacked parameters; ``poison`` is the
+    position of its data attack, -1 for an honest client, and ``rank`` its number among
+    the attackers. ``keep``, ``bool [m]``, is what its defense leaves it, None where no
+    system has a defense. ``state`` is what it remembers.
+    """
+
+    system: Array
+    client_id: Array
+    key: Array
+    poison_key: Array
+    poison: Array
+    rank: Array
+    round: Array
+    keep: Array | None = None
+    state: PyTree = ()
+
+
+def data_attacks(sims: Mapping[str, "Simulation"]) -> tuple[DataAttack, ...]:
+    """The different data attacks of the systems; ``Row.poison`` is a place here."""
+    return tuple({s.data_attack: None for s in sims.values() if s.data_attack})
+
+
+def make_row(
+    sim: "Simulation",
+    state: RoundState,
+    client: Array,
+    attacks: tuple[DataAttack, ...],
+    system: int = 0,
+) -> Row:
+    """The row of one client, whether it is in the cohort or not."""
+    which = attacks.index(sim.data_attack) if sim.data_attack else -1
+    fold = jax.random.fold_in
+    return Row(
+        system=jnp.int32(system),
+        client_id=client,
+        key=fold(stream(state, TRAIN), client),
+        # Not folded by round: an attacker poisons its data once and for all.
+        poison_key=fold(fold(state.key, POISON), client),
+        poison=jnp.where(state.byzantine[client], which, -1),
+        rank=(jnp.cumsum(state.byzantine) - 1)[client],
+        round=state.round,
+    )
+
+
+def cohort_rows(
+    sims: Mapping[str, "Simulation"], states: Mapping[str, RoundState]
+) -> dict[str, Row]:
+    """The rows of every system's cohort of this round, with a leading axis ``k``."""
+    attacks = data_attacks(sims)
+    return {
+        name: jax.vmap(
+            functools.partial(make_row, sim, states[name], attacks=attacks, system=i)
+        )(draw_cohort(sim, states[name]))
+        for i, (name, sim) in enumerate(sims.items())
+    }
+
+
+def join(rows: Mapping[str, Row]) -> Row:
+    """The rows of all systems, one after the other."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows.values())
+
+
+def split(joined: PyTree, rows: Mapping[str, Row]) -> dict[str, PyTree]:
+    """What belongs to each system of results for its joined rows."""
+    results, start = {}, 0
+    for name, own in rows.items():
+        part = slice(start, start + len(own.client_id))
+        results[name] = jax.tree.map(lambda x, p=part: x[p], joined)
+        start = part.stop
+    return results
+
+
+def own_data(
+    clients: Clients, row: Row, attacks: tuple[DataAttack, ...], padded: bool
+) -> tuple[ClientData, ClientData]:
+    """The data of one client as it has them, and as they were before any attack."""
+    clean = clients.gather(row.client_id)
+    if not padded:
+        clean = clean._replace(mask=None)
+    context = RoundContext(round=row.round, client_ids=row.client_id, rank=row.rank)
+    data = clean
+    for position, attack in enumerate(attacks):
+        poisoned = attack.poison(row.poison_key, clean, context)
+        chosen = row.poison == position
+        data = jax.tree.map(lambda a, b, c=chosen: jnp.where(c, a, b), poisoned, data)
+    return data, clean
+
+
+class Defended(NamedTuple):
+    """What a client defense decided: see ``ClientDefense.apply``."""
+
+    keep: Array
+    state: PyTree
+    info: dict[str, Array]
+
+
+def defend(
+    sim: "Simulation",
+    attacks: tuple[DataAttack, ...],
+    state: RoundState,
+    clients: Clients,
+    round: Array,
+) -> Defended:
+    """Asks a system's client defense what the cohort of this round leaves out."""
+    assert sim.client_defense is not None
+
+    def gather(client: Array) -> ClientData:
+        row = make_row(sim, state, client, attacks)
+        return own_data(clients, row, attacks, padded=True)[0]
+
+    features = sim.model.features
+    context = RoundContext(
+        key=stream(state, DEFENSE),
+        params=state.params,
+        round=round,
+        client_ids=draw_cohort(sim, state),
+        features=features and functools.partial(features, state.params),
+    )
+    return Defended(*sim.client_defense.apply(gather, state.defense, context))
+
+
+def defend_cohorts(
+    sims: Mapping[str, "Simulation"],
+    states: Mapping[str, RoundState],
+    clients: Clients,
+    round: Array,
+) -> dict[str, Defended]:
+    """What the defenses decide, of every system that has one.
+
+    ``round`` is a number of its own, the same as in every state: with several seeds
+    those of the states are batched, and a defense's branch on them would be none.
+    """
+    defended = {n: s for n, s in sims.items() if s.client_defense is not None}
+    if not defended:
+        return {}
+    attacks = data_attacks(sims)
+    return share_out(
+        {n: functools.partial(defend, sim, attacks) for n, sim in defended.items()},
+        {n: (states[n], clients, round) for n in defended},
+        next(iter(sims.values())).num_devices,
+    )
+
+
+def left_out(data: ClientData, clean: ClientData, keep: Array) -> dict[str, Array]:
+    """How many samples of a client took part, and which kind its defense left out.
+
+    A sample is poisoned where an attack changed its input or its target.
+    """
+    poisoned = jnp.zeros(data.valid.shape, bool)
+    for a, b in ((data.inputs, clean.inputs), (data.targets, clean.targets)):
+        # A NaN differs from itself.
+        differs = (a != b) & ~((a != a) & (b != b))
+        poisoned |= differs.reshape(len(poisoned), -1).any(axis=1)
+
+    def count(samples: Array) -> Array:
+        return jnp.sum(data.valid & samples, dtype=jnp.int32)
+
+    return {
+        "samples": count(keep),
+        "poisoned": count(poisoned),
+        "poisoned_left_out": count(poisoned & ~keep),
+        "clean_left_out": count(~poisoned & ~keep),
+    }
