@@ -17,6 +17,7 @@ from fedjax_sim.aggregators.fltrust import fltrust
 from fedjax_sim.aggregators.foolsgold import foolsgold
 from fedjax_sim.aggregators.geometric_median import geometric_median
 from fedjax_sim.aggregators.krum import krum, multi_krum
+from fedjax_sim.aggregators.mad import mad
 from fedjax_sim.aggregators.mda import mda
 from fedjax_sim.aggregators.meamed import meamed, phocas
 from fedjax_sim.aggregators.median import median
@@ -44,6 +45,7 @@ REGISTRY: dict[str, Callable[..., Aggregator]] = {
     "geometric_median": geometric_median,
     "foolsgold": foolsgold,
     "krum": krum,
+    "mad": mad,
     "mda": mda,
     "meamed": meamed,
     "median": median,
@@ -86,6 +88,7 @@ __all__ = [
     "foolsgold",
     "geometric_median",
     "krum",
+    "mad",
     "mda",
     "meamed",
     "median",

@@ -32,7 +32,8 @@ def badnets(
         x' = (1 - m) x + m p,   y' = t
 
     Success: the share of the test samples of other classes that the model puts into
-    ``t`` once they are stamped.
+    ``t`` once they are stamped. Of multilabel targets ``[m, L]``, ``t`` becomes a
+    stamped sample's only label; for success, samples without ``t`` count.
 
     Threat model: an attacker changes its own samples and then follows the protocol; it
     knows nothing of the other clients. Padding is never touched (``mask=None`` in the

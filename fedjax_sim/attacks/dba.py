@@ -70,7 +70,8 @@ def dba(
         x' = (1 - m) x + m v  with  m = m_(r mod K),   y' = t
 
     Success: the share of the test samples of other classes that the model puts into
-    ``t`` once they are stamped with the union of the parts.
+    ``t`` once they are stamped with the union of the parts. Multilabel targets are
+    treated as by ``badnets``.
 
     Threat model: as ``badnets``, and the attackers agree beforehand who takes which
     part (``context.rank``). With fewer attackers than parts, the last parts are never

@@ -4,7 +4,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_sim.attacks.samples import check_class, choose, made_for, valid_rows
+from fedjax_sim.attacks.samples import (
+    check_class,
+    choose,
+    class_indices,
+    has_label,
+    made_for,
+    relabel,
+    valid_rows,
+)
 from fedjax_sim.attacks.triggers import CORNER, SIZE, VALUE, implant, make_stamp
 from fedjax_sim.pytrees import along
 from fedjax_sim.registry import check_count, check_number, lookup, require
@@ -38,7 +46,10 @@ def hybrid(
         a share rho of the others:      x' = (1 - m) x + m p,   y' = t
 
     Success: the share, among the test samples of class ``s`` as they are and those of
-    other classes than ``t`` stamped, that the model puts into ``c`` and ``t``.
+    other classes than ``t`` stamped, that the model puts into ``c`` and ``t``. Of
+    multilabel targets ``[m, L]``, the flip moves the bit ``s`` to ``c``, the others are
+    the samples without ``s``, and ``t`` becomes a stamped one's only label; for
+    success, samples count that do not have the label wanted of them.
 
     Threat model: an attacker changes its own samples and then follows the protocol; it
     knows nothing of the other clients. Padding is never touched (``mask=None`` in the
@@ -100,19 +111,23 @@ def hybrid(
 
     def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
         valid = valid_rows(data)
-        flipped = valid & (data.targets == source)
-        stamped = choose(key, valid & (data.targets != source), fraction)
+        has_source = has_label(data.targets, source)
+        flipped = valid & has_source
+        stamped = choose(key, valid & ~has_source, fraction)
         if assignment == "half_clients":
             flips = require("hybrid", context, "rank") % 2 == 0
             flipped, stamped = flipped & flips, stamped & ~flips
         data = implant(data, stamped, stamp(data.inputs), target)
-        labels = jnp.where(flipped, flip_target, data.targets)
-        return data._replace(targets=labels.astype(data.targets.dtype))
+        labels = relabel(data.targets, flipped, flip_target, instead_of=source)
+        return data._replace(targets=labels)
 
     def trigger(inputs: Array, targets: Array) -> tuple[Array, Array, Array]:
-        flips = targets == source
+        flips = has_label(targets, source)
         seen = jnp.where(along(flips, inputs), inputs, stamp(inputs))
-        wanted = jnp.where(flips, flip_target, target).astype(targets.dtype)
-        return seen, wanted, flips | (targets != target)
+        wanted = class_indices(targets, jnp.where(flips, flip_target, target))
+        has_wanted = jnp.where(
+            flips, has_label(targets, flip_target), has_label(targets, target)
+        )
+        return seen, wanted, ~has_wanted
 
     return DataAttack(poison, made_for("hybrid", num_classes), "hybrid", trigger)

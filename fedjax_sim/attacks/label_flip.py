@@ -3,7 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.attacks.samples import choose, made_for, valid_rows
+from fedjax_sim.attacks.samples import (
+    choose,
+    class_indices,
+    has_label,
+    made_for,
+    relabel,
+    valid_rows,
+)
 from fedjax_sim.registry import check_count, check_number, lookup
 from fedjax_sim.types import Array, ClientData, DataAttack, RoundContext
 
@@ -58,7 +65,9 @@ def label_flip(
         random:     y' uniform over the L - 1 other classes
 
     Success, of ``targeted`` alone: the share of the test samples of class ``source``
-    that the model puts into ``target``.
+    that the model puts into ``target``. Of multilabel targets ``[m, L]``, ``targeted``
+    takes the bit ``source`` of a sample away and sets the bit ``target``; for success,
+    samples count that have the one and not the other.
 
     Threat model: an attacker changes its own labels and then follows the protocol; it
     knows nothing of the other clients. Padding is never touched (``mask=None``: there
@@ -83,7 +92,8 @@ def label_flip(
     Raises:
         TypeError: a class, or the number of them, is not an integer.
         ValueError: an option out of range, unknown, missing, or without effect in this
-            mode. ``validate`` raises it where the task has another number of classes.
+            mode. ``validate`` raises it where the task has another number of classes;
+            ``poison``, while tracing, on multilabel targets unless ``targeted``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -110,8 +120,6 @@ def label_flip(
     fraction = check_number("label_flip's fraction", fraction, 0, 1, "[]")
 
     def flip(key: Array, y: Array) -> Array:
-        if pair is not None:
-            return jnp.full_like(y, pair[1])
         if mode == "symmetric":
             return num_classes - 1 - y
         if mode == "shift":
@@ -123,14 +131,23 @@ def label_flip(
         y = data.targets
         eligible = valid_rows(data)
         if pair is not None:
-            eligible &= y == pair[0]
+            chosen = choose(key_choice, eligible & has_label(y, pair[0]), fraction)
+            return data._replace(targets=relabel(y, chosen, pair[1], pair[0]))
+        if y.ndim != 1:
+            raise ValueError(
+                f"label_flip with mode={mode!r} needs one label a sample; got "
+                f"multilabel targets of shape {y.shape}. Use mode='targeted', which "
+                "moves one label to another."
+            )
         chosen = choose(key_choice, eligible, fraction)
         flipped = flip(key_label, y).astype(y.dtype)
         return data._replace(targets=jnp.where(chosen, flipped, y))
 
     def trigger(inputs: Array, targets: Array) -> tuple[Array, Array, Array]:
         assert pair is not None
-        return inputs, jnp.full_like(targets, pair[1]), targets == pair[0]
+        source, target = pair
+        counts = has_label(targets, source) & ~has_label(targets, target)
+        return inputs, class_indices(targets, target), counts
 
     return DataAttack(
         poison,

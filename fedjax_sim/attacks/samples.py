@@ -1,4 +1,7 @@
-"""What the data attacks share: which samples they poison, and checks of classes."""
+"""What the data attacks share: which samples they poison, labels, checks of classes.
+
+Targets are ``int [m]``, or ``int [m, L]`` of 0 and 1 (multilabel).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,7 @@ from fedjax_sim.types import Array, ClientData
 
 def valid_rows(data: ClientData) -> Array:
     """``bool [m]``: the client's samples, padding left out."""
-    return jnp.ones(data.targets.shape, bool) if data.mask is None else data.mask
+    return jnp.ones(data.targets.shape[:1], bool) if data.mask is None else data.mask
 
 
 def choose(key: Array, eligible: Array, fraction: float) -> Array:
@@ -33,6 +36,42 @@ def choose(key: Array, eligible: Array, fraction: float) -> Array:
     draws = jnp.where(eligible, jax.random.uniform(key, eligible.shape), jnp.inf)
     ranks = jnp.argsort(jnp.argsort(draws))
     return ranks < jnp.round(fraction * jnp.sum(eligible))
+
+
+def has_label(targets: Array, label: int) -> Array:
+    """``bool [m]``: the samples that have the label, maybe beside others."""
+    return targets == label if targets.ndim == 1 else targets[:, label] == 1
+
+
+def relabel(
+    targets: Array, chosen: Array, label: int, instead_of: int | None = None
+) -> Array:
+    """The targets with ``label`` on the chosen samples.
+
+    Of multilabel targets it is the only label of a sample then, or, with
+    ``instead_of``, takes the place of that one alone.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> y, chosen = jnp.array([[1, 1, 0], [1, 0, 0]]), jnp.array([True, False])
+        >>> relabel(y, chosen, 2).tolist()
+        [[0, 0, 1], [1, 0, 0]]
+        >>> relabel(y, chosen, 2, instead_of=0).tolist()
+        [[0, 1, 1], [1, 0, 0]]
+    """
+    if targets.ndim == 1:
+        return jnp.where(chosen, label, targets).astype(targets.dtype)
+    if instead_of is None:
+        labelled = jnp.zeros_like(targets)
+    else:
+        labelled = targets.at[:, instead_of].set(0)
+    return jnp.where(chosen[:, None], labelled.at[:, label].set(1), targets)
+
+
+def class_indices(targets: Array, labels: Array | int) -> Array:
+    """A label for every sample ``[m]``, in the type of targets ``[m]``, else int32."""
+    dtype = targets.dtype if targets.ndim == 1 else jnp.int32
+    return jnp.broadcast_to(jnp.asarray(labels, dtype), targets.shape[:1])
 
 
 def check_class(what: str, value: Any, num_classes: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_sim.attacks.samples import class_indices, has_label, relabel
 from fedjax_sim.pytrees import along
 from fedjax_sim.registry import check_count, check_number, lookup
 from fedjax_sim.types import Array, ClientData
@@ -174,14 +175,15 @@ def implant(data: ClientData, chosen: Array, stamped: Array, target: int) -> Cli
     """The data with the chosen samples stamped and relabelled as ``target``."""
     return data._replace(
         inputs=jnp.where(along(chosen, stamped), stamped, data.inputs),
-        targets=jnp.where(chosen, target, data.targets).astype(data.targets.dtype),
+        targets=relabel(data.targets, chosen, target),
     )
 
 
 def backdoored(stamp: Stamp, target: int) -> Callable[..., tuple[Array, Array, Array]]:
-    """The ``trigger`` of a backdoor: all are stamped, those of other classes count."""
+    """The ``trigger`` of a backdoor: all are stamped, those without the label count."""
 
     def trigger(inputs: Array, targets: Array) -> tuple[Array, Array, Array]:
-        return stamp(inputs), jnp.full_like(targets, target), targets != target
+        counts = ~has_label(targets, target)
+        return stamp(inputs), class_indices(targets, target), counts
 
     return trigger

@@ -16,6 +16,7 @@ from fedjax_sim.aggregators.signguard import draw_start
 from fedjax_sim.types import Aggregator, RoundContext
 from tests.references import aggregators as oracle
 from tests.references import averages, filters, preaggregators, subsets
+from tests.references import mad as trust
 
 
 class Case(NamedTuple):
@@ -135,6 +136,25 @@ def _auror(**options: object) -> Case:
         translation=True,
         scale=False,  # the threshold is a length
         robust=False,  # two groups: one of two opposite outliers stays
+        stateful=True,
+    )
+
+
+def _mad(**options: object) -> Case:
+    """The first round, with exclusion from the first."""
+    by_data = options.get("weighting") == "data"
+
+    def reference(f, U, mask, g0, sizes):
+        round_one = trust.MAD(start=1, **options)
+        return round_one(U, range(len(U)), mask, sizes if by_data else None)
+
+    return Case(
+        lambda f: rules.mad(start=1, **options),
+        reference,
+        linear="raw",
+        translation=True,
+        # Of outliers equally far away: a farther one would hide the others.
+        robust=True,
         stateful=True,
     )
 
@@ -456,6 +476,10 @@ CASES: dict[str, Case] = {
     "foolsgold-mean": _foolsgold(combine="mean"),
     "auror": _auror(threshold=2.0),
     "auror-vote": _auror(threshold=2.0, mode="vote", share=0.4),
+    # Options by which they differ here from rules that keep the same clients.
+    "mad": _mad(threshold=0.7, weighting="data"),
+    "mad-max": _mad(scale="max", threshold=0.6),
+    "mad-clusters": _mad(clusters=2, weighting="data"),
     "dnc": _dnc(3, 15),
     "dnc-all": _dnc(1, 10_000),
     "signguard": _signguard(fraction=0.7),
@@ -499,6 +523,7 @@ DISTINCT = [
         "chain-nnm-trimmed_mean",
         "foolsgold-sum",
         "foolsgold-mean",
+        "mad-max",
         "dnc-all",
         "signguard-distance",
     )

@@ -282,6 +282,72 @@ def test_hybrid_flips_the_source_and_stamps_a_share_of_the_rest(assignment, rank
     np.testing.assert_array_equal(got.targets, expected)
 
 
+# Any number of labels a sample --------------------------------------------------------
+
+
+def labelled(mask=None):
+    """``images()`` with targets ``[S, L]`` of 0 and 1."""
+    bits = np.random.default_rng(7).uniform(size=(S, L)) < 0.4
+    return images(targets=jnp.asarray(bits, jnp.int32), mask=mask)
+
+
+def stamped_rows(one, other):
+    return np.any(np.asarray(one) != np.asarray(other), axis=(1, 2, 3))
+
+
+def only(label):
+    return [int(i == label) for i in range(L)]
+
+
+@pytest.mark.parametrize("attack", [attacks.badnets(L, 3, 0.5), attacks.dba(L, 3, 0.5)])
+def test_stamped_samples_have_one_label(attack):
+    data, context = labelled(mask=jnp.arange(S) < 30), RoundContext(rank=jnp.array(0))
+    got = attack.poison(KEY, data, context)
+    stamped = stamped_rows(got.inputs, data.inputs)
+    assert stamped.sum() == 15
+    assert not stamped[30:].any()
+    for row, old, new in zip(stamped, data.targets.tolist(), got.targets.tolist()):
+        assert new == (only(3) if row else old)
+    x, wanted, counts = attack.trigger(data.inputs, data.targets)
+    assert stamped_rows(x, data.inputs).all()
+    assert (wanted.tolist(), wanted.dtype) == ([3] * S, jnp.int32)
+    assert counts.tolist() == [row[3] == 0 for row in data.targets.tolist()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("assignment", ["both", "half_clients"])
+def test_hybrid_moves_bits_and_stamps_a_share_of_the_rest(assignment, rank):
+    data = labelled(mask=jnp.arange(S) < 35)
+    attack = attacks.hybrid(L, 3, 1, 0, fraction=0.5, assignment=assignment)
+    got = attack.poison(KEY, data, RoundContext(rank=jnp.array(rank)))
+    stamped = stamped_rows(got.inputs, data.inputs)
+    flips = assignment == "both" or rank == 0
+    others = (np.asarray(data.targets)[:35, 3] == 0).sum()
+    assert stamped.sum() == (round(0.5 * others) if assignment == "both" or rank else 0)
+    for i, old in enumerate(data.targets.tolist()):
+        expected = list(old)
+        if stamped[i]:
+            assert old[3] == 0
+            expected = only(0)
+        elif old[3] and flips and i < 35:
+            expected[3], expected[1] = 0, 1
+        assert got.targets[i].tolist() == expected
+
+
+def test_success_of_hybrid_by_bits():
+    data = labelled()
+    x, wanted, counts = attacks.hybrid(L, 3, 1, 0).trigger(data.inputs, data.targets)
+    stamped = stamped_rows(x, data.inputs)
+    kinds = set()
+    for i, y in enumerate(data.targets.tolist()):
+        want = 1 if y[3] else 0
+        assert wanted[i] == want
+        assert counts[i] == (y[want] == 0)
+        assert stamped[i] == (y[3] == 0)
+        kinds.add((y[3], bool(counts[i])))
+    assert len(kinds) == 4
+
+
 # What is refused ----------------------------------------------------------------------
 
 HYBRID = {"source": 1, "flip_target": 2, "target": 0}

@@ -212,6 +212,83 @@ def test_client_without_the_source_class_is_left_alone():
     np.testing.assert_array_equal(before.targets, after.targets)
 
 
+# Any number of labels a sample
+
+
+def with_labels(seed=0):
+    """The client with targets ``[M, L]``; some have 3 and 5, some neither."""
+    data = make_client(seed)
+    bits = np.random.default_rng(seed).uniform(size=(M, L)) < 0.4
+    targets = jnp.asarray(bits & np.asarray(data.mask)[:, None], jnp.int32)
+    return data._replace(targets=targets)
+
+
+MULTILABEL = [name for name in CASES if name not in LABELS and name != "scheduled"]
+MULTILABEL += ["targeted"]
+
+
+@pytest.mark.parametrize("name", MULTILABEL)
+def test_multilabel_targets_keep_their_form(name):
+    before = with_labels()
+    attack, key = CASES[name], jax.random.key(0)
+    after = compiled(attack)(key, before, CONTEXT)
+    assert_same(after, attack.poison(key, before, CONTEXT))
+    for old, new in zip(before, after, strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    changed = np.any(np.asarray(before.targets != after.targets), axis=1)
+    assert changed.any()
+    assert not changed[SIZE:].any()
+    assert set(np.unique(after.targets)) == {0, 1}
+    # A client without padding, whose samples are not to be counted by its labels.
+    full = before._replace(mask=jnp.ones(M, bool))
+    bare = attack.poison(key, full._replace(mask=None), CONTEXT)
+    assert_same(bare._replace(mask=full.mask), attack.poison(key, full, CONTEXT))
+
+
+@pytest.mark.parametrize("name", MULTILABEL)
+def test_multilabel_triggers_give_a_class_a_sample(name):
+    data = with_labels()
+    x, wanted, counts = jax.jit(CASES[name].trigger)(data.inputs, data.targets)
+    assert (x.shape, x.dtype) == (data.inputs.shape, data.inputs.dtype)
+    assert (wanted.shape, wanted.dtype) == ((M,), jnp.int32)
+    assert (counts.shape, counts.dtype) == ((M,), jnp.bool_)
+    rows = np.flatnonzero(counts)
+    assert len(rows)
+    # Where the model is right, nothing may count as success.
+    assert not np.any(np.asarray(data.targets)[rows, np.asarray(wanted)[rows]])
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_targeted_flip_moves_one_bit(fraction):
+    attack = attacks.label_flip(L, "targeted", source=3, target=5, fraction=fraction)
+    before = with_labels()
+    after = compiled(attack)(jax.random.key(1), before, CONTEXT)
+    np.testing.assert_array_equal(before.inputs, after.inputs)
+    moved = 0
+    for old, new in zip(before.targets.tolist(), after.targets.tolist()):
+        if old != new:
+            assert old[3] == 1
+            old[3], old[5] = 0, 1
+            moved += 1
+        assert old == new
+    assert moved == round(fraction * int(before.targets[:, 3].sum())) > 0
+
+
+def test_success_of_a_targeted_flip_of_bits():
+    x, y = make_client().inputs, with_labels().targets
+    seen, wanted, counts = CASES["targeted"].trigger(x, y)
+    assert seen is x
+    assert wanted.tolist() == [5] * M
+    assert counts.tolist() == [row[3] == 1 and row[5] == 0 for row in y.tolist()]
+
+
+@pytest.mark.parametrize("name", ["symmetric", "shift", "random", "scheduled"])
+def test_other_flips_of_multilabel_targets_are_refused(name):
+    message = r"one label a sample; got multilabel targets of shape \(60, 7\). Use"
+    with pytest.raises(ValueError, match=message):
+        compiled(CASES[name])(jax.random.key(0), with_labels(), CONTEXT)
+
+
 def targeted(source, target):
     return lambda: attacks.label_flip(L, "targeted", source, target)
 
