@@ -94,12 +94,14 @@ class Config:
     engage: tuple[int, ...] = (5, 20, 40, 60, 80)
     #: Rounds from which it does so in the part long.
     engage_long: tuple[int, ...] = (10, 500)
-    #: MAD and its options; the first is that of the parts engagement and long. mad is
-    #: the paper's, variant='code' what its authors published.
+    #: MAD and its options. The first is the one of all parts, the others are tried
+    #: under the first attack: with measured='all' excluded clients still shape the
+    #: centre and the scale, and with variant='code' too it is what its authors
+    #: published.
     mad: tuple[str, ...] = (
         "mad",
-        "mad(variant='code')",
-        "mad(scale='max')",
+        "mad(measured='all')",
+        "mad(variant='code', measured='all')",
         "mad(clusters=2)",
     )
     #: Other aggregators of the part settings.
@@ -124,6 +126,8 @@ PRESETS: dict[str, Config] = {
         batch_size=4,
         lr=0.02,
         engage=(5, 15, 25),
+        mad=("mad", "mad(measured='all')"),
+        attacks=("label_flip", "sign_flip(scale=3)"),
     ),
 }
 
@@ -166,7 +170,8 @@ def cells(config: Config) -> list[Cell]:
             found += [Cell("settings", partition, attack, rule) for rule in rules]
             found += [Cell("settings", partition, attack, usual, at) for at in engage]
             found += [
-                Cell("settings", partition, attack, mad, engage[0]) for mad in others
+                Cell("settings", partition, attack, mad, engage[0])
+                for mad in (others if i == 0 else ())
             ]
     if config.long_rounds:
         setting = (config.partitions[0], config.attacks[0], config.mad[0])
