@@ -9,8 +9,8 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results, runner, specs
+from experiments.results import mean_and_spread, tail
 
-TAIL = 5  # evaluations in a reported mean
 EXCLUSION_NOTE = (
     "How many clients MAD excluded for good, over all seeds, and in which rounds. "
     "Distances are scaled from the nearest to the farthest client of each round, so "
@@ -18,23 +18,25 @@ EXCLUSION_NOTE = (
 )
 CLIENTS_NOTE = (
     "Loss and accuracy of the server's model on the samples that clients keep for "
-    f"evaluation, mean over clients and over the last {TAIL} evaluations. The first of "
-    "each two columns is of the participants, those not excluded so far, which is what "
-    "the paper's figure 3(a, b) averages: an attacker among them evaluates on flipped "
-    "labels, and its leaving changes that mean even where the model stays as it is. "
-    "*Benign* clients are the same at all times, excluded or not."
+    f"evaluation, mean over clients and over the last {results.TAIL} evaluations. The "
+    "first of each two columns is of the participants, those not excluded so far, "
+    "which is what the paper's figure 3(a, b) averages: an attacker among them "
+    "evaluates on flipped labels, and its leaving changes that mean even where the "
+    "model stays as it is. *Benign* clients are the same at all times, excluded or "
+    "not."
 )
 METRICS_NOTE = (
-    f"Mean of the last {TAIL} evaluations. Sensitivity and specificity are those of "
-    "class 1, the disease; *balanced* is their mean. *att. out* and *hon. out*: share "
-    "of the attackers and of the honest clients that were rejected in the last round "
-    "(by MAD for good; other rules decide anew in every round); a dash where a rule "
-    "rejects nobody. mad@5 is engaged in round 5."
+    f"Mean of the last {results.TAIL} evaluations. Sensitivity and specificity are "
+    "those of class 1, the disease; *balanced* is their mean. *att. out* and *hon. "
+    "out*: share of the attackers and of the honest clients that were rejected in "
+    "the last round (by MAD for good; other rules decide anew in every round); a "
+    "dash where a rule rejects nobody. mad@5 is engaged in round 5."
 )
 CLAIMS_NOTE = (
-    "The paper shows curves without numbers, so its claims stand here beside what this "
-    "run measured. It does not give its network, learning rate, batch size, local "
-    "epochs, the threshold under which a client is excluded, or its number of runs."
+    "The paper shows curves without numbers, so its claims stand here beside what "
+    "this run measured. It does not give its network, learning rate, batch size, "
+    "local epochs, the threshold under which a client is excluded, or its number of "
+    "runs."
 )
 
 
@@ -76,32 +78,16 @@ def write(
     claims = _claims(config, cells, engagement, histories)
     if claims:
         tables["The paper's claims"] = (claims, CLAIMS_NOTE)
-    for title, (table, _) in tables.items():
-        console.print(fs.report.rich_table(*table, title=title))
-    plots = _plots(config, cells, engagement, histories)
-    for name, figure in plots.items():
-        for suffix in ("png", "pdf"):  # to look at; for a paper
-            figure.savefig(config.out / f"{name}.{suffix}")
-    results.write_summary(
+    results.publish(
         config,
-        result.histories,
-        result.compile_seconds,
-        result.run_seconds,
-        {"command": command, "settings": settings},
+        result,
+        console,
+        title=f"MAD: {config.dataset}",
+        command=command,
+        settings=settings,
+        tables=tables,
+        plots=_plots(config, cells, engagement, histories),
     )
-    parts = [
-        f"# MAD: {config.dataset}",
-        f"`{command}`",
-        f"{settings} {result.compile_seconds:.0f} s compiling, "
-        f"{result.run_seconds:.0f} s running.",
-        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
-    ]
-    for title, (table, note) in tables.items():
-        parts += [f"## {title}", *([note] if note else [])]
-        parts.append(fs.report.markdown_table(*table))
-    parts += [f"![{name}]({name}.png)" for name in plots]
-    results.write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
-    console.print(f"results in {config.out}: summary.md, {', '.join(plots)} (png, pdf)")
 
 
 def _with_seeds(history: fs.History) -> fs.History:
@@ -164,19 +150,6 @@ def client_means(history: fs.History, field: str, who: str) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _tail(values: np.ndarray) -> np.ndarray:
-    """Mean of the last evaluations, ``[seeds, R] -> [seeds]``."""
-    known = values[:, ~np.isnan(values).all(axis=0)]
-    return np.nanmean(known[:, -TAIL:], axis=1) if known.size else known[:, :0].mean(1)
-
-
-def _cell(per_seed: np.ndarray, digits: int = 3) -> str:
-    mean = f"{np.mean(per_seed):.{digits}f}"
-    if len(per_seed) == 1:
-        return mean
-    return f"{mean} ± {np.std(per_seed, ddof=1):.{digits}f}"
-
-
 def _when(rounds: np.ndarray) -> str:
     """The rounds of exclusion of several clients and seeds, 0 for never."""
     out = np.sort(rounds[rounds > 0])
@@ -217,7 +190,7 @@ def _client_table(
     rows = []
     for label, name in engagement.items():
         measured = [
-            _cell(_tail(client_means(histories[name], field, who)))
+            mean_and_spread(tail(client_means(histories[name], field, who)))
             for field in ("loss", "accuracy")
             for who in ("participants", "benign")
         ]
@@ -247,7 +220,9 @@ def _metrics_table(
                 results.percent(float(flagged[who].mean())) if who.any() else "-"
                 for who in (byzantine, ~byzantine)
             ]
-        values = [_cell(_tail(np.asarray(v, float))) for v in measured.values()]
+        values = [
+            mean_and_spread(tail(np.asarray(v, float))) for v in measured.values()
+        ]
         rows.append((label, *values, *shares))
     header = (
         "rule",

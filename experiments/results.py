@@ -7,11 +7,14 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
 
 import fedjax_sim as fs
 from fedjax_sim.sharding import usable_cores
@@ -172,6 +175,88 @@ def summarise(history: fs.History) -> dict[str, Any]:
             final = rates[:, evaluated[-1]].mean(axis=0)
             summary[field] = [None if np.isnan(x) else float(x) for x in final]
     return summary
+
+
+def tail(values: Any) -> np.ndarray:
+    """Every seed's mean of its last values, ``[seeds]``; NaN where there is none.
+
+    Args:
+        values: ``[R]`` or ``[seeds, R]``, NaN where a round was not evaluated.
+    """
+    values = np.atleast_2d(np.asarray(values, float))
+    known = values[:, ~np.isnan(values).all(axis=0)]
+    if not known.size:
+        return np.full(len(values), np.nan)
+    return np.nanmean(known[:, -TAIL:], axis=1)
+
+
+def mean_and_spread(per_seed: np.ndarray, digits: int = 3) -> str:
+    """The mean over seeds and, of several, the standard deviation (ddof 1).
+
+    Example:
+        >>> mean_and_spread(np.array([0.5])), mean_and_spread(np.array([0.5, 0.7]))
+        ('0.500', '0.600 ± 0.141')
+    """
+    per_seed = per_seed[~np.isnan(per_seed)]
+    if not per_seed.size:
+        return "-"
+    mean = f"{per_seed.mean():.{digits}f}"
+    if len(per_seed) == 1:
+        return mean
+    return f"{mean} ± {per_seed.std(ddof=1):.{digits}f}"
+
+
+def publish(
+    config: Any,
+    result: Any,
+    console: Console,
+    *,
+    title: str,
+    command: str,
+    settings: str,
+    tables: Mapping[str, tuple[fs.report.Table, str]],
+    plots: Mapping[str, Figure],
+) -> None:
+    """Prints the tables; writes plots (PNG, PDF), ``summary.json``, ``summary.md``.
+
+    Args:
+        config: the study's options.
+        result: a ``runner.Result``.
+        console: where the tables go.
+        title: of ``summary.md``.
+        command: what starts this run.
+        settings: the run in a sentence.
+        tables: title to a table and what is to be said of it, which may be nothing.
+        plots: file name to figure.
+    """
+    for name, (table, _) in tables.items():
+        console.print(fs.report.rich_table(*table, title=name))
+    for name, figure in plots.items():
+        for suffix in ("png", "pdf"):  # to look at; for a paper
+            figure.savefig(config.out / f"{name}.{suffix}")
+    write_summary(
+        config,
+        result.histories,
+        result.compile_seconds,
+        result.run_seconds,
+        {"command": command, "settings": settings},
+    )
+    parts = [
+        f"# {title}",
+        f"`{command}`",
+        f"{settings} {result.compile_seconds:.0f} s compiling, "
+        f"{result.run_seconds:.0f} s running.",
+        "; ".join(f"{k} {v}" for k, v in versions().items()),
+    ]
+    for name, (table, note) in tables.items():
+        parts += [f"## {name}", *([note] if note else [])]
+        parts.append(fs.report.markdown_table(*table))
+    parts += [f"![{name}]({name}.png)" for name in plots]
+    write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
+    files = ", ".join(f"{name}.png" for name in plots)
+    console.print(
+        f"results in {config.out}: summary.md, {files} (and pdf), metrics.csv"
+    )
 
 
 def write_summary(

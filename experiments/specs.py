@@ -6,12 +6,13 @@ A name may carry options, and steps are joined by ``+``::
     dual_system:gated_mean                 short for dual_system(variant='gated_mean')
     trimmed_mean(trim=0.1)                 with an option
     nnm(max_byzantine=4)+krum              pre-aggregators, then a rule
+    sanitization+median                    a client defense, then a rule
     badnets(target=0)+model_replacement    an attack on the data, then on the update
     ipm(epsilon=[0.1, 0.5, 2])             several strengths, run side by side
     my_rules.trimmed_krum(share=0.2)       the function of your own module my_rules.py
 
-``max_byzantine`` and ``num_classes`` are filled in where a factory requires them, or
-takes them and no option is given. Option values are Python literals.
+``max_byzantine``, ``num_classes`` and ``num_clusters`` are filled in where a factory
+requires them, or takes them and no option is given. Option values are Python literals.
 """
 
 import ast
@@ -29,7 +30,13 @@ import numpy as np
 
 import fedjax_sim as fs
 from fedjax_sim.registry import lookup
-from fedjax_sim.types import Aggregator, DataAttack, PreAggregator, UpdateAttack
+from fedjax_sim.types import (
+    Aggregator,
+    ClientDefense,
+    DataAttack,
+    PreAggregator,
+    UpdateAttack,
+)
 
 NO_ATTACK = "none"
 # To try out an attack before the data are loaded: more classes than any data set has.
@@ -201,6 +208,36 @@ def make_aggregator(text: str, max_byzantine: int) -> Aggregator:
             raise TypeError(_wrong(call.name, "a PreAggregator", step))
         steps.append(step)
     return fs.aggregators.chain(*steps, rule) if steps else rule
+
+
+class Defense(NamedTuple):
+    """What clients and server do against attacks: a client defense or None, a rule."""
+
+    on_clients: ClientDefense | None
+    rule: Aggregator
+
+
+def make_defense(text: str, max_byzantine: int, num_clusters: int) -> Defense:
+    """The defense of a spec: a client defense, a rule, or one and then the other.
+
+    After a client defense alone the server takes FedAvg.
+
+    Raises:
+        ValueError, TypeError: as for ``make_aggregator``.
+
+    Example:
+        >>> defense = make_defense("sanitization+median", 2, num_clusters=10)
+        >>> defense.on_clients.name, defense.rule.name
+        ('sanitization', 'median')
+    """
+    call, *_ = parse(text)
+    table = fs.client_defenses.CLIENT_DEFENSES
+    if call.name not in table:
+        return Defense(None, make_aggregator(text, max_byzantine))
+    on_clients = _build("client defense", call, table, {"num_clusters": num_clusters})
+    _, plus, rest = text.partition("+")
+    rule = make_aggregator(rest if plus else "fedavg", max_byzantine)
+    return Defense(on_clients, rule)
 
 
 def _wrong(name: str, expected: str, got: Any) -> str:

@@ -3,7 +3,7 @@
 import os
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
 
 INFO_TYPES = {"weights": jnp.floating, "flagged": jnp.bool_, "scores": jnp.floating}
+# What ``cohorts.left_out`` counts, beside the info of a client defense.
+SAMPLE_COUNTS = {"samples", "poisoned", "poisoned_left_out", "clean_left_out"}
 
 
 def check_types(sim: "Simulation") -> None:
@@ -414,7 +416,17 @@ def _check_client_defense(
         keep = jnp.zeros((cohort, sim.clients.mask.shape[1]), bool)
         _check_like(f"{who}: keep", out[0], keep)
         _check_like(f"{who}: state", out[1], state)
-        for name, value in dict(out[2]).items():
+        if not isinstance(out[2], Mapping):
+            raise TypeError(
+                f"{who}: info must be a dictionary of arrays by name; got "
+                f"{type(out[2]).__name__}."
+            )
+        for name, value in out[2].items():
+            if name in SAMPLE_COUNTS:
+                raise TypeError(
+                    f"{who}: info {name} is what the engine reports itself, with "
+                    f"{', '.join(sorted(SAMPLE_COUNTS - {name}))}. Choose another name."
+                )
             if jnp.shape(value) != (cohort,):
                 raise TypeError(
                     f"{who}: info {name} must have shape ({cohort},), one value a "

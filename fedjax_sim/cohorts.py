@@ -2,16 +2,17 @@
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.sharding import share_out
+from fedjax_sim.sharding import over_devices
 from fedjax_sim.state import DEFENSE, POISON, TRAIN, RoundState, draw_cohort, stream
 from fedjax_sim.types import (
     Array,
     ClientData,
+    ClientDefense,
     Clients,
     DataAttack,
     PyTree,
@@ -47,26 +48,27 @@ def data_attacks(sims: Mapping[str, "Simulation"]) -> tuple[DataAttack, ...]:
     return tuple({s.data_attack: None for s in sims.values() if s.data_attack})
 
 
-def make_row(
-    sim: "Simulation",
-    state: RoundState,
-    client: Array,
-    attacks: tuple[DataAttack, ...],
-    system: int = 0,
-) -> Row:
-    """The row of one client, whether it is in the cohort or not."""
-    which = attacks.index(sim.data_attack) if sim.data_attack else -1
+def make_row(state: RoundState, client: Array, system: Array, attack: Array) -> Row:
+    """The row of one client, whether it is in the cohort or not.
+
+    ``attack`` is the place of the system's data attack, -1 for none.
+    """
     fold = jax.random.fold_in
     return Row(
-        system=jnp.int32(system),
+        system=system,
         client_id=client,
         key=fold(stream(state, TRAIN), client),
         # Not folded by round: an attacker poisons its data once and for all.
         poison_key=fold(fold(state.key, POISON), client),
-        poison=jnp.where(state.byzantine[client], which, -1),
+        poison=jnp.where(state.byzantine[client], attack, -1),
         rank=(jnp.cumsum(state.byzantine) - 1)[client],
         round=state.round,
     )
+
+
+def attack_place(sim: "Simulation", attacks: tuple[DataAttack, ...]) -> Array:
+    """The place of a system's data attack among those of all, -1 for none."""
+    return jnp.int32(attacks.index(sim.data_attack) if sim.data_attack else -1)
 
 
 def cohort_rows(
@@ -75,9 +77,12 @@ def cohort_rows(
     """The rows of every system's cohort of this round, with a leading axis ``k``."""
     attacks = data_attacks(sims)
     return {
-        name: jax.vmap(
-            functools.partial(make_row, sim, states[name], attacks=attacks, system=i)
-        )(draw_cohort(sim, states[name]))
+        name: jax.vmap(make_row, in_axes=(None, 0, None, None))(
+            states[name],
+            draw_cohort(sim, states[name]),
+            jnp.int32(i),
+            attack_place(sim, attacks),
+        )
         for i, (name, sim) in enumerate(sims.items())
     }
 
@@ -121,31 +126,6 @@ class Defended(NamedTuple):
     info: dict[str, Array]
 
 
-def defend(
-    sim: "Simulation",
-    attacks: tuple[DataAttack, ...],
-    state: RoundState,
-    clients: Clients,
-    round: Array,
-) -> Defended:
-    """Asks a system's client defense what the cohort of this round leaves out."""
-    assert sim.client_defense is not None
-
-    def gather(client: Array) -> ClientData:
-        row = make_row(sim, state, client, attacks)
-        return own_data(clients, row, attacks, padded=True)[0]
-
-    features = sim.model.features
-    context = RoundContext(
-        key=stream(state, DEFENSE),
-        params=state.params,
-        round=round,
-        client_ids=draw_cohort(sim, state),
-        features=features and functools.partial(features, state.params),
-    )
-    return Defended(*sim.client_defense.apply(gather, state.defense, context))
-
-
 def defend_cohorts(
     sims: Mapping[str, "Simulation"],
     states: Mapping[str, RoundState],
@@ -154,18 +134,56 @@ def defend_cohorts(
 ) -> dict[str, Defended]:
     """What the defenses decide, of every system that has one.
 
-    ``round`` is a number of its own, the same as in every state: with several seeds
-    those of the states are batched, and a defense's branch on them would be none.
+    Systems with the same defense are served by one copy of it in the program, each by
+    one device. ``round`` is a number of its own, the same as in every state: with
+    several seeds those of the states are batched, and a defense's branch on them would
+    be none.
     """
-    defended = {n: s for n, s in sims.items() if s.client_defense is not None}
-    if not defended:
-        return {}
     attacks = data_attacks(sims)
-    return share_out(
-        {n: functools.partial(defend, sim, attacks) for n, sim in defended.items()},
-        {n: (states[n], clients, round) for n in defended},
-        next(iter(sims.values())).num_devices,
-    )
+    first = next(iter(sims.values()))
+    names_of: dict[ClientDefense, list[str]] = {}
+    for name, sim in sims.items():
+        if sim.client_defense is not None:
+            names_of.setdefault(sim.client_defense, []).append(name)
+
+    def ask(defense: ClientDefense, shared: tuple, own: tuple) -> Defended:
+        (clients, round), (state, attack) = shared, own
+
+        def gather(client: Array) -> ClientData:
+            row = make_row(state, client, jnp.int32(0), attack)
+            return own_data(clients, row, attacks, padded=True)[0]
+
+        features = first.model.features
+        context = RoundContext(
+            key=stream(state, DEFENSE),
+            params=state.params,
+            round=round,
+            client_ids=draw_cohort(first, state),
+            features=features and functools.partial(features, state.params),
+        )
+        return Defended(*defense.apply(gather, state.defense, context))
+
+    decided = {}
+    for defense, names in names_of.items():
+        own = [
+            (
+                # What a rule, an attack or clients remember differs between systems.
+                states[name]._replace(
+                    aggregator=(), attack=(), optimizer=(), clients=()
+                ),
+                attack_place(sims[name], attacks),
+            )
+            for name in names
+        ]
+
+        def ask_all(shared: tuple, rows: tuple, defense: Any = defense) -> Defended:
+            return jax.lax.map(functools.partial(ask, defense, shared), rows)
+
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *own)
+        found = over_devices(ask_all, first.num_devices)((clients, round), stacked)
+        for i, name in enumerate(names):
+            decided[name] = jax.tree.map(lambda x, i=i: x[i], found)
+    return decided
 
 
 def left_out(data: ClientData, clean: ClientData, keep: Array) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from fedjax_sim.aggregators.common import (
     weighted_sum,
 )
 from fedjax_sim.distances import pairwise_sq_distances
+from fedjax_sim.linalg import eigh
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
@@ -71,7 +72,7 @@ def filter_by_covariance(distances: Array, mask: Array, floor: Array) -> Filtere
         matrix = root[:, None] * gram * root[None]
         largest = jnp.abs(matrix).max()
         scale = jnp.where(largest > 0, largest, 1.0)
-        values, vectors = jnp.linalg.eigh(matrix / scale)
+        values, vectors = eigh(matrix / scale)
         top = jnp.maximum(values[-1], 0.0)
         along = weighted_sum(root * vectors[:, -1], gram / scale)
         # Squared projections of the rows on the top eigenvector.

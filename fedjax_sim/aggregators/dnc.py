@@ -12,6 +12,7 @@ from fedjax_sim.aggregators.common import (
     weighted_sum,
 )
 from fedjax_sim.distances import lowest, pairwise_sq_distances
+from fedjax_sim.linalg import eigh
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, check_number, require
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
@@ -137,5 +138,5 @@ def variance_shares(X: Array, mask: Array) -> Array:
     mean = distances.sum(axis=0) / jnp.maximum(mask.sum(), 1)
     overall = mean.sum() / jnp.maximum(mask.sum(), 1)
     gram = (mean[:, None] + mean[None, :] - distances - overall) / 2
-    _, vectors = jnp.linalg.eigh(jnp.where(pairs, gram, 0.0))
+    _, vectors = eigh(jnp.where(pairs, gram, 0.0))
     return jnp.where(mask & (largest > 0.0), jnp.square(vectors[:, -1]), 0.0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import normalize, weighted_sum
 from fedjax_sim.clustering import split_in_two, sums_of_squares
+from fedjax_sim.linalg import solve
 from fedjax_sim.pytrees import participants, ravel, safe_norms
 from fedjax_sim.registry import check_count, check_type, require
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
@@ -274,7 +275,7 @@ def hessian_vector_product(
     system = jnp.block(
         [[dot(S, S.T) + unused, lower], [lower.T, unused - jnp.diag(jnp.diagonal(SY))]]
     )
-    weights = jnp.linalg.solve(system, jnp.concatenate([dot(S, v), dot(Y, v)]))
+    weights = solve(system, jnp.concatenate([dot(S, v), dot(Y, v)]))
     product = sigma * (v - dot(weights[:window], S) - dot(weights[window:], Y))
     valid = curved & jnp.isfinite(jnp.sum(product * product))
     return jnp.where(valid, product, 0.0), valid

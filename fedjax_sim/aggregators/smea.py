@@ -1,8 +1,10 @@
 """Smallest maximum eigenvalue averaging."""
 
+import jax
 import jax.numpy as jnp
 
 from fedjax_sim.aggregators.subsets import averaging_best_subset
+from fedjax_sim.linalg import eigvalsh
 from fedjax_sim.types import Aggregator, Array
 
 
@@ -23,7 +25,7 @@ def top_variance(distances: Array) -> Array:
     # The solver squares entries: near the end of float32 it would overflow.
     largest = jnp.abs(gram).max(axis=(1, 2))
     scale = jnp.where(largest > 0, largest, 1.0)
-    top = jnp.linalg.eigvalsh(gram / scale[:, None, None])[:, -1]
+    top = jax.vmap(eigvalsh)(gram / scale[:, None, None])[:, -1]
     return jnp.maximum(top, 0.0) / distances.shape[1] * scale
 
 

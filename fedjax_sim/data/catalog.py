@@ -32,8 +32,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
     Args:
         name: ``digits`` (8x8) and ``breast_cancer`` (30 measurements), which come with
-            scikit-learn and need no files; ``mnist``, ``fashion_mnist``; of MedMNIST v2 ``pathmnist``, ``chestmnist`` (14 labels),
-            ``dermamnist``, ``octmnist``, ``pneumoniamnist``, ``retinamnist``,
+            scikit-learn and need no files; ``mnist``, ``fashion_mnist``; of MedMNIST v2
+            ``pathmnist``, ``chestmnist`` (14 labels), ``dermamnist``, ``octmnist``,
+            ``pneumoniamnist``, ``retinamnist``,
             ``breastmnist``, ``bloodmnist``, ``tissuemnist``, ``organamnist``,
             ``organcmnist``, ``organsmnist``; or ``tfds:<name>[/<config>][:<version>]``
             for any image-classification set of TensorFlow Datasets, such as
@@ -43,8 +44,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
 
     Returns:
         A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs (``float32 [s,
-        30]`` of ``breast_cancer``) and ``int32 [s]`` targets, or ``int32 [s, L]`` of a multilabel set. ``val`` is the
-        validation part of a set of MedMNIST, else None.
+        30]`` of ``breast_cancer``) and ``int32 [s]`` targets, or ``int32 [s, L]`` of a
+        multilabel set. ``val`` is the validation part of a set of MedMNIST, else None.
 
     Raises:
         TypeError: the name is no text.
