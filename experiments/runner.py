@@ -41,6 +41,7 @@ WORTH_MEASURING = (
     1e8  # parameters x local steps a round from which its time is measured
 )
 SEGMENT = 60.0  # seconds a segment should take at most
+FEW = 8  # systems whose accuracies fit a line of progress
 
 
 class Phase(NamedTuple):
@@ -441,16 +442,27 @@ def _drop_early_ends(history: fs.History, config: Any, last: int) -> fs.History:
 
 
 def latest_accuracies(histories: Mapping[str, fs.History]) -> str:
-    """Every system's last evaluated accuracy (mean over seeds), and when it was."""
-    parts, at = [], 0
+    """Every system's last evaluated accuracy (mean over seeds), and when it was.
+
+    Of many systems the lowest, the median and the highest.
+    """
+    found, at = {}, 0
     for name, history in histories.items():
         accuracy = np.atleast_2d(history.accuracy)
         known = np.flatnonzero(~np.isnan(accuracy).any(axis=0))
         if known.size:
-            parts.append(f"{name} {accuracy[:, known[-1]].mean():.3f}")
+            found[name] = float(accuracy[:, known[-1]].mean())
             at = int(np.atleast_2d(history.round)[0, known[-1]])
-    if not parts:
+    if not found:
         return "not evaluated yet"
+    parts = [f"{name} {accuracy:.3f}" for name, accuracy in found.items()]
+    if len(parts) > FEW:
+        low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+        parts = [
+            f"{len(parts)} systems from {found[low]:.3f} ({low})",
+            f"to {found[high]:.3f} ({high}),",
+            f"median {np.median(list(found.values())):.3f}",
+        ]
     newest = max(int(np.max(history.round)) for history in histories.values())
     return "  ".join(parts) + ("" if at == newest else f" (of round {at})")
 

@@ -169,7 +169,7 @@ def _attack_table(config: Any, by_cell: Mapping[Any, fs.History]) -> fs.report.T
     columns = (specs.NO_ATTACK, *config.attacks)
     paper = PAPER.get(config.dataset, {})
     rows: list[tuple[str, ...]] = []
-    for defense in dict.fromkeys(d for d, _ in main):
+    for defense in dict.fromkeys(("fedavg", *config.defenses)):
         cells = [main.get((defense, attack)) for attack in columns]
         name = "no defense" if defense == "fedavg" else defense
         rows.append((name, *("" if h is None else _both(h) for h in cells)))
