@@ -27,6 +27,7 @@ END = "<!-- end of methods -->"
 REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "Aggregators": fs.aggregators.REGISTRY,
     "Pre-aggregators": fs.aggregators.PRE_AGGREGATORS,
+    "Client defenses": fs.client_defenses.CLIENT_DEFENSES,
     "Attacks on updates": fs.attacks.UPDATE_ATTACKS,
     "Attacks on data": fs.attacks.DATA_ATTACKS,
 }
@@ -34,6 +35,7 @@ REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
 GIVEN = {
     "max_byzantine": 0,
     "num_classes": 10,
+    "num_clusters": 10,
     "target": 0,
     "source": 1,
     "flip_target": 2,
@@ -70,7 +72,16 @@ USUAL = {
     "previous_aggregate",
     "mask",
 }
-NEEDS = {"root_update": "root data", "key": "randomness", "aggregate": "tries the rule"}
+NEEDS = {
+    "root_update": "root data",
+    "key": "randomness",
+    "aggregate": "tries the rule",
+    "features": "the model's shallow features",
+}
+
+
+# Sizes that no option has by chance: parameters, clients, samples of a client.
+D, N, M = 7919, 104729, 1009
 
 
 def sections(factory: Callable[..., Any]) -> dict[str, str]:
@@ -146,10 +157,10 @@ def rule_condition(name: str, factory: Callable[..., Any]) -> str:
     )
 
 
-def state(init: Callable[..., Any]) -> str:
-    """What is remembered between rounds, by size: d parameters, N clients."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: init(jnp.zeros(7919), 104729)))
-    names = {7919: "d", 104729: "N"}
+def state(init: Callable[[], Any]) -> str:
+    """What is remembered between rounds, by size: d parameters, N clients of m."""
+    leaves = jax.tree.leaves(jax.eval_shape(init))
+    names = {D: "d", N: "N", M: "m"}
     shapes = [[names.get(size, str(size)) for size in leaf.shape] for leaf in leaves]
     words = [" x ".join(shape) or "1" for shape in shapes]
     return ", ".join(sorted(set(words), key=words.index)) or "-"
@@ -188,7 +199,7 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def tables() -> dict[str, str]:
     """Heading -> Markdown table."""
-    rules, before, updates, data = [], [], [], []
+    rules, before, clients, updates, data = [], [], [], [], []
     for name, factory in sorted(fs.aggregators.REGISTRY.items()):
         rule = factory(**options(factory, max_byzantine=0))
         rules.append(
@@ -196,7 +207,7 @@ def tables() -> dict[str, str]:
                 name,
                 factory,
                 rule_condition(name, factory),
-                state(rule.init),
+                state(lambda rule=rule: rule.init(jnp.zeros(D), N)),
                 needs(rule.needs),
             )
         )
@@ -205,6 +216,10 @@ def tables() -> dict[str, str]:
         before.append(
             row(name, factory, rule_condition(name, factory), "-", needs(pre.needs))
         )
+    for name, build in sorted(fs.client_defenses.CLIENT_DEFENSES.items()):
+        defense = build(**options(build))
+        held = state(lambda own=defense: own.init(jnp.zeros((N, M), bool)))
+        clients.append(row(name, build, held, needs(defense.needs)))
     for name, make in sorted(fs.attacks.UPDATE_ATTACKS.items()):
         attack = make(**options(make))
         allowed = {
@@ -237,6 +252,9 @@ def tables() -> dict[str, str]:
     return {
         "Aggregators": markdown(("", "aggregate", *common, *end), rules),
         "Pre-aggregators": markdown(("", "each row becomes", *common, *end), before),
+        "Client defenses": markdown(
+            ("", "what clients leave out", "paper", "state", "needs", *end), clients
+        ),
         "Attacks on updates": markdown(
             (
                 "",

@@ -66,9 +66,11 @@ class Config:
     #: cores), defenses (all that docs/which_defense.md is about) or fltrust_table
     #: (MNIST as in FLTrust's evaluation).
     preset: Literal["demo", "defenses", "fltrust_table"] = "demo"
-    #: digits (embedded), mnist, fashion_mnist, or tfds:NAME.
+    #: digits or breast_cancer (embedded), mnist, fashion_mnist, a set of MedMNIST such
+    #: as pneumoniamnist, or tfds:NAME.
     dataset: str = "digits"
-    #: Folder with idx/mnist/*.gz or tfds/mnist/...; downloads land there.
+    #: Folder with idx/mnist/*.gz, tfds/mnist/... or medmnist/*.npz; downloads land
+    #: there.
     #: Default: $FEDJAX_SIM_DATA, else a user cache folder.
     data_dir: Path | None = None
     #: Folder for the cells and the reports. Cells found there are not run again.

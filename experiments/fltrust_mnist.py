@@ -59,9 +59,11 @@ class Config:
     #: rounds, then 200 attacked and 200 defended. demo: embedded digits, about a minute
     #: on 2 cores.
     preset: Literal["table", "paper", "demo"] = "table"
-    #: digits (embedded), mnist, fashion_mnist, or tfds:NAME.
+    #: digits or breast_cancer (embedded), mnist, fashion_mnist, a set of MedMNIST such
+    #: as pneumoniamnist, or tfds:NAME.
     dataset: str = "mnist"
-    #: Folder with idx/mnist/*.gz or tfds/mnist/...; downloads land there.
+    #: Folder with idx/mnist/*.gz, tfds/mnist/... or medmnist/*.npz; downloads land
+    #: there.
     #: Default: $FEDJAX_SIM_DATA, else a user cache folder.
     data_dir: Path | None = None
     #: Folder for the results; refused if it holds any, unless --resume is given.

@@ -155,7 +155,7 @@ def line_plot(
         for index, (name, (rounds, values)) in enumerate(lines.items()):
             rounds = np.asarray(rounds)
             values = np.atleast_2d(np.asarray(values, float))
-            if rounds.ndim != 1 or values.shape[-1] != len(rounds):
+            if rounds.ndim != 1 or values.shape[1:] != rounds.shape:
                 raise ValueError(
                     "line_plot needs rounds [R] and values [R] or [seeds, R]; "
                     f"{name!r} has shapes {rounds.shape} and {values.shape}."
@@ -192,7 +192,8 @@ def client_plot(
         The figure, one paper column wide, 200 dpi.
 
     Raises:
-        ValueError: a field that the history has not, or a history of several seeds.
+        ValueError: no field, one that the history has not, or a history of several
+            seeds.
 
     Example:
         >>> from types import SimpleNamespace
@@ -210,6 +211,8 @@ def client_plot(
             "client_plot draws one seed; got a history with round of shape "
             f"{rounds.shape}. Take one: jax.tree.map(lambda x: x[0], history)."
         )
+    if not fields:
+        raise ValueError("client_plot needs at least one field; got none.")
     found = {}
     for field in fields:
         values = history.details.get(field, getattr(history, field, None))

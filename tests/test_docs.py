@@ -116,7 +116,7 @@ def test_contributing_s_skeletons_work_as_they_are():
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     modules = [textwrap.dedent(block) for block in blocks]
     modules = [code for code in modules if code.startswith('"""')]
-    assert len(modules) == 2
+    assert len(modules) == 3
     for code in modules:
         module = types.ModuleType("skeleton")
         exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
