@@ -41,6 +41,8 @@ SHARED = (
 )
 # Above this many parameters clients are trained one by one on CPU.
 CACHE_PARAMS = 50_000
+# Likewise where one client takes more than this many times the local steps of the mean.
+MOST_UNEQUAL = 1.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,7 +141,9 @@ class Simulation:
         # A frozen dataclass is filled in once, here.
         object.__setattr__(self, "cohort_size", cohort)
         if self.client_chunk is None:
-            object.__setattr__(self, "client_chunk", default_client_chunk(self.model))
+            steps = self.client_update.num_steps(sizes)
+            chunk = default_client_chunk(self.model, steps)
+            object.__setattr__(self, "client_chunk", chunk)
         there = jax.local_device_count()
         if self.num_devices is None:
             object.__setattr__(self, "num_devices", there)
@@ -238,18 +242,21 @@ class Simulation:
         return states[name], histories[name]
 
 
-def default_client_chunk(model: Model) -> int:
+def default_client_chunk(model: Model, steps: np.ndarray) -> int:
     """Clients trained side by side where the user does not say.
 
     On CPU parameters and activations of one client should stay in cache, so clients
     with a large model are trained one after the other, and small ones side by side to
-    share the cost of starting an operation. On GPU: all of them.
+    share the cost of starting an operation. Side by side, all wait for the one of the
+    most local steps (``steps``, ``[N]``): clients too unequal are trained one after the
+    other as well. On GPU: all of them.
     """
     if jax.default_backend() != "cpu":
         return 2**31 - 1
     params = jax.eval_shape(model.init, jax.random.key(0))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return 1 if size > CACHE_PARAMS else 20
+    unequal = np.max(steps) > MOST_UNEQUAL * np.mean(steps)
+    return 1 if size > CACHE_PARAMS or unequal else 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
