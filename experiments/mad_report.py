@@ -263,7 +263,7 @@ def _claims(
     mad = {k: histories[v] for k, v in engagement.items() if k.startswith("MAD")}
     if not mad or "never" not in engagement:
         return None
-    caught, total, alarms, honest = 0, 0, 0, 0
+    caught, total, alarms, honest, all_gone = 0, 0, 0, 0, 0
     moved: dict[str, tuple[list[float], list[float]]] = {}
     for history in mad.values():
         since, byzantine = exclusions(history)
@@ -273,9 +273,10 @@ def _claims(
         honest += int((~byzantine).sum())
         # The round from which nobody of the attackers takes part.
         gone = [
-            own[liars].max() if (own[liars] > 0).all() else 0
+            own[liars].max() if liars.any() and (own[liars] > 0).all() else 0
             for own, liars in zip(since, byzantine)
         ]
+        all_gone += sum(when > 0 for when in gone)
         for who in ("participants", "benign"):
             for field in ("loss", "accuracy"):
                 values = client_means(history, field, who)
@@ -286,16 +287,24 @@ def _claims(
 
     def change(key: str) -> str:
         before, after = moved[key]
+        if not before and all_gone:
+            return "not evaluated both before and after"
         if not before:
-            return "no seed in which all attackers were excluded"
+            return "not known: attackers were left in every run"
         return f"{np.mean(before):.3f} to {np.mean(after):.3f}"
 
     never = histories[engagement["never"]]
 
     def course(who: str) -> str:
-        values = client_means(never, "loss", who).mean(axis=0)
+        by_seed = client_means(never, "loss", who)
+        finite = np.isfinite(by_seed).all(
+            axis=1, where=np.isfinite(by_seed).any(axis=0)
+        )
+        values = by_seed[finite].mean(axis=0) if finite.any() else by_seed[0]
         rounds = np.asarray(never.round)[0]
         known = np.flatnonzero(np.isfinite(values))
+        if not known.size:
+            return "diverged"
         lowest = known[np.argmin(values[known])]
         return (
             f"lowest {values[lowest]:.3f} in round {rounds[lowest]}, "

@@ -15,6 +15,7 @@ import optax
 
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count, check_type
+from fedjax_sim.sharding import is_key
 from fedjax_sim.types import (
     Aggregator,
     AggregatorInfo,
@@ -411,6 +412,11 @@ def _check_client_defense(
         )
         with _blamed(who):
             state = defense.init(sim.clients.mask)
+            if any(is_key(leaf) for leaf in jax.tree.leaves(state)):
+                raise TypeError(
+                    f"{who}: state must hold no PRNG keys. Take context.key, which is "
+                    "another in every round."
+                )
             out: Any = defense.apply(sim.clients.gather, state, context)
         _check_tuple(who, out, ("keep", "state", "info"))
         keep = jnp.zeros((cohort, sim.clients.mask.shape[1]), bool)

@@ -142,7 +142,11 @@ def local_sgd(
                 params, opt_state, total_loss = carry
                 start = b * batch_size
                 rows = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-                valid = None if whole else start + jnp.arange(batch_size) < size
+                valid = None
+                if not whole:
+                    valid = start + jnp.arange(batch_size) < size
+                    # What a mask hides has a gradient of 0 times it: of NaN, NaN.
+                    rows = jnp.where(valid, rows, order[0])
                 with _products_in(algorithm):
                     loss, grads = jax.value_and_grad(loss_of)(params, rows, valid)
                 updates, opt_state = transform.update(grads, opt_state, params)

@@ -161,16 +161,17 @@ def share_out(
         check_vma=False,
     )(args)
     return jax.tree.map(
-        lambda x, shape: jax.random.wrap_key_data(x) if _is_key(shape) else x,
+        lambda x, shape: jax.random.wrap_key_data(x) if is_key(shape) else x,
         found,
         shapes,
     )
 
 
-def _is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+def is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array holds typed PRNG keys."""
     return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
 
 
 def _raw(x: jax.Array) -> jax.Array:
     """The bits of a PRNG key, which no collective takes; other arrays as they are."""
-    return jax.random.key_data(x) if _is_key(x) else x
+    return jax.random.key_data(x) if is_key(x) else x

@@ -276,6 +276,7 @@ class ClientDefense(NamedTuple):
 
     Attributes:
         init: ``(mask bool [N, m]) -> state``; the mask says which samples there are.
+            The state holds no PRNG keys; every round has a fresh ``context.key``.
         apply: ``(gather, state, context) -> (keep bool [k, m], state, info)`` for the
             cohort ``context.client_ids``. ``gather(id)`` is the data of any one of the
             N clients as it has them, poisoned where it is Byzantine: map over clients.

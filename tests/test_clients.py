@@ -1,5 +1,7 @@
 """Local training against plain loops, on whole, ragged and padded clients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,76 @@ def test_matches_a_plain_loop_of_softmax_regression():
     np.testing.assert_allclose(got["Dense_0"]["kernel"], w - start[0], atol=1e-5)
     np.testing.assert_allclose(got["Dense_0"]["bias"], b - start[1], atol=1e-5)
     np.testing.assert_allclose(info.loss, np.mean(losses), rtol=1e-5)
+
+
+# Samples that a defense left out, between those that stay
+
+HOLES = np.array([1, 0, 1, 1, 0, 0, 1, 1, 0, 1, 0], bool)  # 6 of 11
+
+
+@functools.cache
+def regression(count, number, batch_size, rate):
+    """Softmax regression on one client's ``(inputs, targets, mask)``, compiled once."""
+    model = fs.models.mlp((3,), num_classes=2, hidden=())
+    params = {"Dense_0": {"kernel": 0.1 * jnp.eye(3, 2), "bias": jnp.zeros(2)}}
+    update = fs.local_sgd(optax.sgd(rate), batch_size=batch_size, **{count: number})
+
+    @jax.jit
+    def train(inputs, targets, mask):
+        data = ClientData(inputs, targets, mask)
+        change, _, info = update.apply(model, jax.random.key(0), params, data, (), 0)
+        return change, info.loss
+
+    return train
+
+
+def samples():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(len(HOLES), 3)).astype(np.float32)
+    return x, rng.integers(0, 2, len(HOLES)).astype(np.int32)
+
+
+@pytest.mark.parametrize("count", [{"epochs": 2}, {"steps": 5}, {"steps": 1}])
+def test_samples_left_out_in_the_middle_are_never_visited(count):
+    update = fs.local_sgd(optax.sgd(-1.0), batch_size=4, **count)
+    targets = jnp.arange(len(HOLES))  # one class a sample
+    model = COUNTER._replace(
+        init=lambda key: jnp.zeros(len(HOLES)),
+        apply=lambda params, x: jnp.broadcast_to(params, (len(x), len(HOLES))),
+    )
+    data = ClientData(jnp.zeros((len(HOLES), 1)), targets, jnp.asarray(HOLES))
+    visits, _, _ = update.apply(model, jax.random.key(0), model.init(None), data, (), 0)
+    steps = count.get("steps", 2 * 2)  # 6 samples in batches of 4
+    np.testing.assert_allclose(visits.sum(), steps, rtol=1e-6)
+    np.testing.assert_array_equal(visits[~HOLES], 0)
+    if steps > 1:
+        assert np.all(visits[HOLES] > 0)
+
+
+@pytest.mark.parametrize("count", ["epochs", "steps"])
+def test_a_client_with_holes_is_one_that_has_only_those_samples(count):
+    """In full batches, so that the order of the draws makes no difference."""
+    train = regression(count, 3, len(HOLES), 0.5)
+    x, y = samples()
+    masked, whole = train(x, y, HOLES), train(x[HOLES], y[HOLES], None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), masked, whole)
+
+
+@pytest.mark.parametrize("count", ["epochs", "steps"])
+def test_what_a_sample_left_out_holds_makes_no_difference(count):
+    train = regression(count, 2, 4, 0.1)
+    x, y = samples()
+    expected = train(x, y, HOLES)
+    for value in (np.nan, np.inf, 1e30):
+        found = train(np.where(HOLES[:, None], x, value).astype(np.float32), y, HOLES)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("count", ["epochs", "steps"])
+def test_a_client_without_samples_stays_where_it_is(count):
+    change, loss = regression(count, 2, 4, 0.1)(*samples(), np.zeros_like(HOLES))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), change)
+    assert np.isnan(loss)  # the mean over no step: the engine leaves it out of its own
 
 
 def test_rate_may_depend_on_the_round():

@@ -9,12 +9,10 @@ from tests.pages import EXAMPLES, VALIDATION
 TESTS = Path(__file__).parent
 # Algorithms of studies that are not here yet.
 TO_COME = {
-    "mad",
     "pdrr",
     "err_lfr_union",
     "vae_anomaly",
     "dagmm",
-    "data_sanitization",
     "fedsecure",
     "ts_data_poisoning",
     "ts_backdoor",

@@ -3,6 +3,7 @@
 import io
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
@@ -151,6 +152,134 @@ def test_detection_plot_without_any_attacker(tmp_path):
     upper, lower = figure.axes
     assert np.isnan(upper.lines[0].get_ydata()).all()
     np.testing.assert_array_equal(lower.lines[0].get_ydata(), [0.25, 0.0, 0.75])
+
+
+def data_lines(axes):
+    """Those of a panel but its marks."""
+    return [line for line in axes.lines if line.get_label()[0] != "_"]
+
+
+def mark_places(axes):
+    marks = [line for line in axes.lines if line.get_label()[0] == "_"]
+    return [line.get_xdata()[0] for line in marks]
+
+
+def test_line_plot_draws_lines_gaps_and_marks(tmp_path):
+    path = tmp_path / "losses.pdf"
+    lines = {
+        "never": ([1, 3, 5], [0.5, np.inf, 0.25]),
+        "MAD": (jnp.array([2, 4]), jnp.array([0.75, NAN])),
+    }
+    figure = report.line_plot(lines, "loss", path, title="Two", marks=[2, 4])
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "communication round"
+    assert axes.get_ylabel() == "loss"
+    assert axes.get_title() == "Two"
+    never, mad = data_lines(axes)
+    np.testing.assert_array_equal(never.get_xydata(), [[1, 0.5], [3, NAN], [5, 0.25]])
+    np.testing.assert_array_equal(mad.get_xydata(), [[2, 0.75], [4, NAN]])
+    assert mark_places(axes) == [2, 4]
+    assert not axes.collections  # no band of a single seed
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["never", "MAD"]
+    assert path.read_bytes().startswith(b"%PDF")
+    # As in accuracy_plot: the second system of both.
+    other = report.accuracy_plot({"a": ONE, "b": ONE}).axes[0].lines[1]
+    assert (mad.get_color(), mad.get_marker()) == (other.get_color(), "s")
+
+
+def test_line_plot_of_several_seeds():
+    values = np.array([[1.0, 2.0, NAN], [3.0, NAN, NAN], [8.0, 6.0, np.inf]])
+    figure = report.line_plot({"a": ([1, 2, 3], values)}, "loss")
+    (line,) = data_lines(figure.axes[0])
+    np.testing.assert_array_equal(line.get_ydata(), [4.0, 4.0, NAN])
+    (band,) = figure.axes[0].collections
+    corners = band.get_paths()[0].vertices
+    for at, low, high in ((1, 1.0, 8.0), (2, 2.0, 6.0)):
+        heights = corners[corners[:, 0] == at, 1]
+        assert (heights.min(), heights.max()) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("line", "shapes"),
+    [
+        (([1, 2], [0.5]), r"\(2,\) and \(1, 1\)"),
+        (([[1, 2]], [[0.5, 0.5]]), r"\(1, 2\) and \(1, 2\)"),
+        (([1, 2, 3], np.zeros((3, 2))), r"\(3,\) and \(3, 2\)"),
+        (([1, 2], np.zeros((2, 2, 2))), r"\(2,\) and \(2, 2, 2\)"),
+    ],
+)
+def test_line_plot_names_the_line_that_does_not_fit(line, shapes):
+    message = r"rounds \[R\] and values \[R\] or \[seeds, R\]; 'b' has shapes " + shapes
+    with pytest.raises(ValueError, match=message):
+        report.line_plot({"a": ([1], [1.0]), "b": line}, "loss")
+
+
+def test_line_plot_of_nothing():
+    with pytest.raises(ValueError, match="line_plot needs at least one line; got none"):
+        report.line_plot({}, "loss")
+
+
+class Trusted(NamedTuple):
+    """The fields that ``client_plot`` reads, of a cohort of two of the clients 0-3."""
+
+    round: np.ndarray
+    client_ids: np.ndarray
+    byzantine: np.ndarray
+    scores: np.ndarray
+    details: dict
+
+
+TRUSTED = Trusted(
+    round=np.array([1, 2, 3]),
+    client_ids=np.array([[0, 1], [3, 0], [1, 3]]),
+    byzantine=np.array([[False, True], [False, False], [True, False]]),
+    scores=np.array([[1.0, 2.0], [3.0, np.inf], [5.0, 6.0]]),
+    details={"trust": np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])},
+)
+
+
+def test_client_plot_draws_every_client_where_it_takes_part(tmp_path):
+    path = tmp_path / "trust.png"
+    figure = report.client_plot(
+        TRUSTED, ["trust", "scores"], path, title="Trust", marks=[2]
+    )
+    upper, lower = figure.axes
+    assert upper.get_title() == "Trust"
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("trust", "scores")
+    assert lower.get_xlabel() == "communication round"
+    expected = {
+        "trust": {0: [0.1, 0.4, NAN], 1: [0.2, NAN, 0.5], 3: [NAN, 0.3, 0.6]},
+        "scores": {0: [1, NAN, NAN], 1: [2, NAN, 5], 3: [NAN, 3, 6]},
+    }
+    for axes, by_client in zip(figure.axes, expected.values()):
+        lines = data_lines(axes)
+        assert mark_places(axes) == [2]
+        for line, (client, values) in zip(lines, by_client.items(), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_array_equal(line.get_ydata(), values)
+            liar = client == 1
+            assert line.get_label() == ("Byzantine" if liar else "honest") + " client"
+            assert line.get_color() == report.COLOURS[liar]
+            assert line.get_linestyle() == ("--" if liar else "-")
+        assert lines[1].get_zorder() > max(lines[0].get_zorder(), lines[2].get_zorder())
+    (legend,) = figure.legends  # each kind once
+    texts = sorted(text.get_text() for text in legend.get_texts())
+    assert texts == ["Byzantine client", "honest client"]
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_client_plot_of_what_is_not_there():
+    message = r"no 'trusts' of shape \(3, 2\) in the history; its details are trust\."
+    with pytest.raises(ValueError, match=message):
+        report.client_plot(TRUSTED, ["trust", "trusts"])
+    with pytest.raises(ValueError, match=r"no 'round' of shape .* details are none\."):
+        report.client_plot(TRUSTED._replace(details={}), ["round"])
+    with pytest.raises(ValueError, match="at least one field; got none"):
+        report.client_plot(TRUSTED, [])
+    seeds = jax.tree.map(lambda x: np.stack([x, x]), TRUSTED)
+    with pytest.raises(ValueError, match=r"one seed; got .* shape \(2, 3\)\. Take one"):
+        report.client_plot(seeds, ["trust"])
 
 
 @pytest.mark.parametrize(

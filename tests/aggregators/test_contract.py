@@ -54,6 +54,7 @@ every_structure = pytest.mark.parametrize(
         "crfl",
         "foolsgold",
         "auror-vote",
+        "mad",
         "dnc",
         "signguard-cosine",
         "flame",
