@@ -632,6 +632,7 @@ def test_summary_leaves_out_a_seed_that_diverged(diverged):
     fields = {name: np.zeros((2, 2)) for name in results.METRICS}
     history = SimpleNamespace(**{**fields, "round": np.array([[1, 2]] * 2)})
     history.class_recall = np.full((2, 2, 3), np.nan)
+    history.class_specificity = history.class_recall
     history.loss = values
     history.accuracy = np.array([[0.5, 0.25], [0.5, 0.75]])
     summary = results.summarise(history)
