@@ -9,7 +9,8 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results, runner, specs
-from experiments.results import mean_and_spread, tail
+from experiments.results import tail
+from fedjax_sim.report import mean_and_spread
 
 EXCLUSION_NOTE = (
     "How many clients MAD excluded for good, over all seeds, and in which rounds. "

@@ -190,22 +190,6 @@ def tail(values: Any) -> np.ndarray:
     return np.nanmean(known[:, -TAIL:], axis=1)
 
 
-def mean_and_spread(per_seed: np.ndarray, digits: int = 3) -> str:
-    """The mean over seeds and, of several, the standard deviation (ddof 1).
-
-    Example:
-        >>> mean_and_spread(np.array([0.5])), mean_and_spread(np.array([0.5, 0.7]))
-        ('0.500', '0.600 ± 0.141')
-    """
-    per_seed = per_seed[~np.isnan(per_seed)]
-    if not per_seed.size:
-        return "-"
-    mean = f"{per_seed.mean():.{digits}f}"
-    if len(per_seed) == 1:
-        return mean
-    return f"{mean} ± {per_seed.std(ddof=1):.{digits}f}"
-
-
 def publish(
     config: Any,
     result: Any,

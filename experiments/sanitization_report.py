@@ -8,7 +8,8 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results, runner, specs
-from experiments.results import mean_and_spread, tail
+from experiments.results import tail
+from fedjax_sim.report import mean_and_spread
 
 LABELS = {
     "label_flip": "label flip",
@@ -219,8 +220,8 @@ def _sweep_table(
             for c, h in by_cell.items()
             if c.attack == attack and getattr(c, other) == usual
         }
-        swept = {d for d, value in found if value != values[0]}
-        for defense in dict.fromkeys(d for d, _ in found if d in swept):
+        defenses = [d for d, _ in found]
+        for defense in dict.fromkeys(d for d in defenses if defenses.count(d) > 1):
             cells = [found.get((defense, value)) for value in values]
             name = "no defense" if defense == "fedavg" else defense
             label = f"{LABELS[attack]}, {name}"

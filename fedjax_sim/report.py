@@ -443,7 +443,7 @@ def table(
         step = -(-len(at) // (5 if len(accuracy) == 1 else 2))
         rounds = [int(number) for number in at[step - 1 : -1 : step]]
 
-    cell = partial(_mean_and_spread, digits=digits)
+    cell = partial(mean_and_spread, digits=digits)
     success = {
         name: _series(name, history, "attack_success")[1]
         for name, history in histories.items()
@@ -569,7 +569,18 @@ def _mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _mean_and_spread(per_seed: np.ndarray, digits: int) -> str:
+def mean_and_spread(per_seed: np.ndarray, digits: int = 3) -> str:
+    """The mean over seeds and, of several, the standard deviation (ddof 1).
+
+    Seeds without a value (NaN) are left out; ``-`` where none has one.
+
+    Example:
+        >>> mean_and_spread(np.array([0.5])), mean_and_spread(np.array([0.5, 0.7]))
+        ('0.500', '0.600 ± 0.141')
+    """
+    per_seed = per_seed[~np.isnan(per_seed)]
+    if not per_seed.size:
+        return "-"
     mean = f"{per_seed.mean():.{digits}f}"
     if len(per_seed) == 1:
         return mean

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedjax_sim.attacks.samples import check_class, choose, made_for, valid_rows
+from fedjax_sim.attacks.samples import check_class, choose, made_for
 from fedjax_sim.attacks.triggers import (
     CORNER,
     SIZE,
@@ -90,7 +90,7 @@ def badnets(
     stamp = make_stamp("badnets", size, corner, value, mask, pattern)
 
     def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
-        chosen = choose(key, valid_rows(data), fraction)
+        chosen = choose(key, data.valid, fraction)
         return implant(data, chosen, stamp(data.inputs), target)
 
     return DataAttack(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.attacks.samples import check_class, choose, made_for, valid_rows
+from fedjax_sim.attacks.samples import check_class, choose, made_for
 from fedjax_sim.attacks.triggers import (
     VALUE,
     backdoored,
@@ -160,7 +160,7 @@ def dba(
     def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
         rank = require("dba", context, "rank")
         mine = jnp.asarray(masks(data.inputs))[rank % len(pixels)]
-        chosen = choose(key, valid_rows(data), fraction)
+        chosen = choose(key, data.valid, fraction)
         return implant(data, chosen, blend("dba", data.inputs, mine, what), target)
 
     def union(inputs: Array) -> Array:

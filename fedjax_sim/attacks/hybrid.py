@@ -11,7 +11,6 @@ from fedjax_sim.attacks.samples import (
     has_label,
     made_for,
     relabel,
-    valid_rows,
 )
 from fedjax_sim.attacks.triggers import CORNER, SIZE, VALUE, implant, make_stamp
 from fedjax_sim.pytrees import along
@@ -110,7 +109,7 @@ def hybrid(
     stamp = make_stamp("hybrid", size, corner, value, mask, pattern)
 
     def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
-        valid = valid_rows(data)
+        valid = data.valid
         has_source = has_label(data.targets, source)
         flipped = valid & has_source
         stamped = choose(key, valid & ~has_source, fraction)

@@ -9,7 +9,6 @@ from fedjax_sim.attacks.samples import (
     has_label,
     made_for,
     relabel,
-    valid_rows,
 )
 from fedjax_sim.registry import check_count, check_number, lookup
 from fedjax_sim.types import Array, ClientData, DataAttack, RoundContext
@@ -129,7 +128,7 @@ def label_flip(
     def poison(key: Array, data: ClientData, context: RoundContext) -> ClientData:
         key_choice, key_label = jax.random.split(key)
         y = data.targets
-        eligible = valid_rows(data)
+        eligible = data.valid
         if pair is not None:
             chosen = choose(key_choice, eligible & has_label(y, pair[0]), fraction)
             return data._replace(targets=relabel(y, chosen, pair[1], pair[0]))

@@ -10,12 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.registry import check_count
-from fedjax_sim.types import Array, ClientData
-
-
-def valid_rows(data: ClientData) -> Array:
-    """``bool [m]``: the client's samples, padding left out."""
-    return jnp.ones(data.targets.shape[:1], bool) if data.mask is None else data.mask
+from fedjax_sim.types import Array
 
 
 def choose(key: Array, eligible: Array, fraction: float) -> Array:
