@@ -391,7 +391,6 @@ def _write(config: Config, result: runner.Result, console: Console) -> None:
         console,
         command=command(config),
         settings=settings(config),
-        max_byzantine=assumed_byzantine(config),
         comparable=_matches_source(config),
     )
 

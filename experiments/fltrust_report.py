@@ -52,7 +52,6 @@ def write(
     *,
     command: str,
     settings: str,
-    max_byzantine: int,
     comparable: bool,
 ) -> None:
     """Prints the tables and writes the plots, ``summary.json`` and ``summary.md``.
@@ -63,7 +62,6 @@ def write(
         console: where the tables go.
         command: what starts this run.
         settings: the run in a sentence.
-        max_byzantine: f, as the rules assumed it.
         comparable: whether the source study's figures belong beside these.
     """
     histories = result.histories
@@ -75,12 +73,6 @@ def write(
         rows = [r for own in rows for r in (own, _source_row(own, len(at), whole)) if r]
     detection = _detection_rows(histories)
     detecting = any(_rejects(h) for h in histories.values())
-    remarks = _remarks(histories)
-
-    console.print(fs.report.rich_table(header, rows, title="Test accuracy"))
-    console.print(fs.report.rich_table(*detection, title="Detection, whole run"))
-    for remark in remarks:
-        console.print(remark)
     plots = {"accuracy": fs.report.accuracy_plot(_labelled(histories))}
     if detecting:
         # All systems, so that each looks as in the other plot; the plot itself leaves
@@ -90,34 +82,23 @@ def write(
             for n, h in histories.items()
         }
         plots["detection"] = fs.report.detection_plot(_labelled(own))
-    for name, figure in plots.items():
-        for suffix in ("png", "pdf"):  # to look at; for a paper
-            figure.savefig(config.out / f"{name}.{suffix}")
-    results.write_summary(
+    results.publish(
         config,
-        histories,
-        result.compile_seconds,
-        result.run_seconds,
-        {"command": command, "max_byzantine": max_byzantine},
+        result,
+        console,
+        title=f"{_title(histories)}: {config.dataset}, {config.attack}",
+        command=command,
+        settings=settings,
+        tables={
+            "Test accuracy": (
+                fs.report.Table(header, rows),
+                SOURCE_NOTE if comparable else "",
+            ),
+            "Detection, whole run": (fs.report.Table(*detection), DETECTION_NOTE),
+        },
+        plots=plots,
+        remarks=_remarks(histories),
     )
-    parts = [
-        f"# {_title(histories)}: {config.dataset}, {config.attack}",
-        f"`{command}`",
-        f"{settings} {result.compile_seconds:.0f} s compiling, "
-        f"{result.run_seconds:.0f} s running.",
-        "; ".join(f"{k} {v}" for k, v in results.versions().items()),
-        "## Test accuracy",
-        fs.report.markdown_table(header, rows),
-        *([SOURCE_NOTE] if comparable else []),
-        *remarks,
-        "## Detection",
-        DETECTION_NOTE,
-        fs.report.markdown_table(*detection),
-        *(f"![{name}]({name}.png)" for name in plots),
-    ]
-    results.write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
-    files = ", ".join(f"{name}.png, {name}.pdf" for name in plots)
-    console.print(f"results in {config.out}: summary.md, {files}, metrics.csv")
 
 
 def _title(histories: dict[str, fs.History]) -> str:

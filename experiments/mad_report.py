@@ -1,7 +1,8 @@
 """What a run of mad_pneumonia says at its end: tables, plots, summary.md."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +40,8 @@ CLAIMS_NOTE = (
     "local epochs, the threshold under which a client is excluded, or its number of "
     "runs."
 )
+
+FIELDS = ("loss", "accuracy")  # what clients measure on their own samples
 
 
 def write(
@@ -192,7 +195,7 @@ def _client_table(
     for label, name in engagement.items():
         measured = [
             mean_and_spread(tail(client_means(histories[name], field, who)))
-            for field in ("loss", "accuracy")
+            for field in FIELDS
             for who in ("participants", "benign")
         ]
         rows.append((label, *measured))
@@ -254,22 +257,40 @@ def _around(
     return before, after
 
 
-def _claims(
-    config: Any,
-    cells: Mapping[str, Any],
-    engagement: Mapping[str, str],
-    histories: Mapping[str, fs.History],
-) -> fs.report.Table | None:
-    """What the paper says of its figure 3, and the numbers of this run."""
-    mad = {k: histories[v] for k, v in engagement.items() if k.startswith("MAD")}
-    if not mad or "never" not in engagement:
-        return None
-    caught, total, alarms, honest, all_gone = 0, 0, 0, 0, 0
+class _Effects(NamedTuple):
+    """What MAD did, over all its systems and seeds.
+
+    Attributes:
+        caught: attackers that were excluded, of ``attackers``.
+        alarms: honest clients that were excluded, of ``honest``.
+        all_gone: runs in which every attacker was excluded in the end.
+        moved: ``field who`` (see ``client_means``) to the evaluations last before and
+            first after the last attacker's exclusion, one for each of those runs.
+    """
+
+    caught: int
+    attackers: int
+    alarms: int
+    honest: int
+    all_gone: int
+    moved: dict[str, tuple[list[float], list[float]]]
+
+    def change(self, key: str) -> str:
+        before, after = self.moved[key]
+        if before:
+            return f"{np.mean(before):.3f} to {np.mean(after):.3f}"
+        if self.all_gone:
+            return "not evaluated both before and after"
+        return "not known: attackers were left in every run"
+
+
+def _effects(systems: Sequence[fs.History]) -> _Effects:
+    caught, attackers, alarms, honest, all_gone = 0, 0, 0, 0, 0
     moved: dict[str, tuple[list[float], list[float]]] = {}
-    for history in mad.values():
+    for history in systems:
         since, byzantine = exclusions(history)
         caught += int((since[byzantine] > 0).sum())
-        total += int(byzantine.sum())
+        attackers += int(byzantine.sum())
         alarms += int((since[~byzantine] > 0).sum())
         honest += int((~byzantine).sum())
         # The round from which nobody of the attackers takes part.
@@ -278,58 +299,67 @@ def _claims(
             for own, liars in zip(since, byzantine)
         ]
         all_gone += sum(when > 0 for when in gone)
-        for who in ("participants", "benign"):
-            for field in ("loss", "accuracy"):
-                values = client_means(history, field, who)
-                pair = _around(history, values, np.array(gone))
-                old = moved.setdefault(f"{field} {who}", ([], []))
-                old[0].extend(pair[0])
-                old[1].extend(pair[1])
+        for field, who in itertools.product(FIELDS, ("participants", "benign")):
+            values = client_means(history, field, who)
+            pair = _around(history, values, np.array(gone))
+            old = moved.setdefault(f"{field} {who}", ([], []))
+            old[0].extend(pair[0])
+            old[1].extend(pair[1])
+    return _Effects(caught, attackers, alarms, honest, all_gone, moved)
 
-    def change(key: str) -> str:
-        before, after = moved[key]
-        if not before and all_gone:
-            return "not evaluated both before and after"
-        if not before:
-            return "not known: attackers were left in every run"
-        return f"{np.mean(before):.3f} to {np.mean(after):.3f}"
 
+def _course(history: fs.History, who: str) -> str:
+    """Where the loss was lowest, and where it ended: mean over seeds that stay finite.
+
+    Of one that diverged in every seed, the first seed's.
+    """
+    by_seed = client_means(history, "loss", who)
+    known = np.isfinite(by_seed)
+    whole = known.all(axis=1, where=known.any(axis=0))
+    values = by_seed[whole].mean(axis=0) if whole.any() else by_seed[0]
+    rounds = np.asarray(history.round)[0]
+    at = np.flatnonzero(np.isfinite(values))
+    if not at.size:
+        return "diverged"
+    lowest = at[np.argmin(values[at])]
+    return (
+        f"lowest {values[lowest]:.3f} in round {rounds[lowest]}, "
+        f"{values[at[-1]]:.3f} in round {rounds[at[-1]]}"
+    )
+
+
+def _claims(
+    config: Any,
+    cells: Mapping[str, Any],
+    engagement: Mapping[str, str],
+    histories: Mapping[str, fs.History],
+) -> fs.report.Table | None:
+    """What the paper says of its figure 3, and the numbers of this run."""
+    mad = [histories[v] for k, v in engagement.items() if k.startswith("MAD")]
+    if not mad or "never" not in engagement:
+        return None
+    did = _effects(mad)
     never = histories[engagement["never"]]
-
-    def course(who: str) -> str:
-        by_seed = client_means(never, "loss", who)
-        finite = np.isfinite(by_seed).all(
-            axis=1, where=np.isfinite(by_seed).any(axis=0)
-        )
-        values = by_seed[finite].mean(axis=0) if finite.any() else by_seed[0]
-        rounds = np.asarray(never.round)[0]
-        known = np.flatnonzero(np.isfinite(values))
-        if not known.size:
-            return "diverged"
-        lowest = known[np.argmin(values[known])]
-        return (
-            f"lowest {values[lowest]:.3f} in round {rounds[lowest]}, "
-            f"{values[known[-1]]:.3f} in round {rounds[known[-1]]}"
-        )
-
     rows: list[tuple[str, ...]] = [
         (
             "MAD excluded both attackers in every simulation",
-            f"{caught} of {total} attackers, and {alarms} of {honest} honest clients",
+            f"{did.caught} of {did.attackers} attackers, and {did.alarms} of "
+            f"{did.honest} honest clients",
         ),
         (
             "exclusion at once lowers the loss",
-            f"participants {change('loss participants')}, "
-            f"benign {change('loss benign')}",
+            f"participants {did.change('loss participants')}, "
+            f"benign {did.change('loss benign')}",
         ),
         (
             "exclusion at once raises the accuracy",
-            f"participants {change('accuracy participants')}, "
-            f"benign {change('accuracy benign')}",
+            f"participants {did.change('accuracy participants')}, "
+            f"benign {did.change('accuracy benign')}",
         ),
         (
             "without exclusion the loss does not converge but rises slightly",
-            f"participants: {course('participants')}; benign: {course('benign')}",
+            f"participants: {_course(never, 'participants')}; "
+            f"benign: {_course(never, 'benign')}",
         ),
     ]
     rows += _long_claims(config, cells, histories)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,7 @@ def publish(
     settings: str,
     tables: Mapping[str, tuple[fs.report.Table, str]],
     plots: Mapping[str, Figure],
+    remarks: Sequence[str] = (),
 ) -> None:
     """Prints the tables; writes plots (PNG, PDF), ``summary.json``, ``summary.md``.
 
@@ -212,25 +213,32 @@ def publish(
         settings: the run in a sentence.
         tables: title to a table and what is to be said of it, which may be nothing.
         plots: file name to figure.
+        remarks: what is to be said of the run as a whole.
     """
     for name, (table, _) in tables.items():
         console.print(fs.report.rich_table(*table, title=name))
+    for remark in remarks:
+        console.print(remark)
     for name, figure in plots.items():
         for suffix in ("png", "pdf"):  # to look at; for a paper
             figure.savefig(config.out / f"{name}.{suffix}")
-    write_summary(
-        config,
-        result.histories,
-        result.compile_seconds,
-        result.run_seconds,
-        {"command": command, "settings": settings},
-    )
+    summary = {
+        "key": config_key(config),
+        "systems": {n: summarise(h) for n, h in result.histories.items()},
+        "versions": versions(),
+        "compile_seconds": round(result.compile_seconds, 3),
+        "run_seconds": round(result.run_seconds, 3),
+        "command": command,
+        "settings": settings,
+    }
+    write_atomically(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     parts = [
         f"# {title}",
         f"`{command}`",
         f"{settings} {result.compile_seconds:.0f} s compiling, "
         f"{result.run_seconds:.0f} s running.",
         "; ".join(f"{k} {v}" for k, v in versions().items()),
+        *remarks,
     ]
     for name, (table, note) in tables.items():
         parts += [f"## {name}", *([note] if note else [])]
@@ -241,22 +249,3 @@ def publish(
     console.print(
         f"results in {config.out}: summary.md, {files} (and pdf), metrics.csv"
     )
-
-
-def write_summary(
-    config: Any,
-    histories: dict[str, fs.History],
-    compile_seconds: float,
-    run_seconds: float,
-    extra: dict[str, Any],
-) -> None:
-    """``summary.json``: every system's metrics, versions, device and seconds."""
-    content = {
-        "key": config_key(config),
-        "systems": {n: summarise(h) for n, h in histories.items()},
-        "versions": versions(),
-        "compile_seconds": round(compile_seconds, 3),
-        "run_seconds": round(run_seconds, 3),
-        **extra,
-    }
-    write_atomically(config.out / "summary.json", json.dumps(content, indent=2) + "\n")

@@ -57,7 +57,7 @@ class Config:
     #: Rounds between checkpoints. Default: about a twentieth of the run.
     segment: int | None = None
     #: Communication rounds.
-    rounds: int = 20
+    rounds: int = 10
     #: Evaluate after every this many rounds, and after the last.
     eval_every: int = 1
     #: Seed of everything but the partition.
@@ -143,6 +143,7 @@ PRESETS: dict[str, Config] = {
         preset="chest",
         dataset="chestmnist",
         out=Path("runs/sanitization_chest"),
+        rounds=20,
         model="resnet18",
         source=4,
         flip_target=5,

@@ -65,22 +65,19 @@ def main():
         }
 
     one, two = (fs.compare(systems(n)) for n in (1, 2))
-    seeds = jax.random.split(jax.random.key(0), 2)
-    found, wanted = (c.run(seeds, num_rounds=2, eval_every=2) for c in (two, one))
-    compared(found, wanted)
+    start = two.init(jax.random.split(jax.random.key(0), 2))
+    states, history = two.run(states=start, num_rounds=2, eval_every=2)
+    compared((states, history), one.run(states=start, num_rounds=2, eval_every=2))
 
     # A checkpoint of two devices goes on where it was, on either number of them.
-    states, _ = two.run(jax.random.key(0), num_rounds=2, eval_every=2)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder), 2, states)
-        start = two.init(jax.random.key(0))
         loaded = checkpoint.load(
             Path(folder), 2, lambda round: two.shapes(start, 2, 2)[0]
         )
-        straight, _ = two.run(states=states, num_rounds=2, eval_every=2)
-        for comparison in (two, one):
-            resumed, _ = comparison.run(states=loaded, num_rounds=2, eval_every=2)
-            compared(resumed, straight)
+    straight = two.run(states=states, num_rounds=2, eval_every=2)
+    for comparison in (two, one):
+        compared(comparison.run(states=loaded, num_rounds=2, eval_every=2), straight)
     print("the same on one and two devices")
 
 
