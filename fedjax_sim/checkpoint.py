@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -47,6 +48,14 @@ def _on_device(x: AnyArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
 
+def _uncommitted(x: jax.Array) -> jax.Array:
+    """The array, not bound to its device: programs are compiled anew for bound ones."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(x))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jnp.array(np.asarray(x))
+
+
 def latest_round(directory: Path) -> int | None:
     """The last round that was saved whole, or None."""
     if not directory.is_dir():
@@ -75,7 +84,8 @@ def load(directory: Path, round: int, template: Callable[[int], PyTree]) -> PyTr
             metadata = checkpointer.metadata(round).custom_metadata
             found = (metadata or {})["manifest"]
             if found == manifest(expected):
-                return checkpointer.load(round, jax.tree.map(_on_device, expected))
+                loaded = checkpointer.load(round, jax.tree.map(_on_device, expected))
+                return jax.tree.map(_uncommitted, loaded)
     except Exception as error:
         raise ValueError(
             f"the checkpoint {where} cannot be read ({type(error).__name__}: "
