@@ -14,31 +14,37 @@ from experiments.results import tail
 from fedjax_sim.report import mean_and_spread
 
 EXCLUSION_NOTE = (
-    "How many clients MAD excluded for good, over all seeds, and in which rounds. "
+    "How many clients MAD excluded for good, over all seeds, and in which rounds, by "
+    "the round in which it was engaged. "
     "Distances are scaled from the nearest to the farthest client of each round, so "
     "the farthest of those who are left is at distance 1 whatever the others do."
 )
 CLIENTS_NOTE = (
     "Loss and accuracy of the server's model on the samples that clients keep for "
-    f"evaluation, mean over clients and over the last {results.TAIL} evaluations. The "
-    "first of each two columns is of the participants, those not excluded so far, "
-    "which is what the paper's figure 3(a, b) averages: an attacker among them "
-    "evaluates on flipped labels, and its leaving changes that mean even where the "
-    "model stays as it is. *Benign* clients are the same at all times, excluded or "
-    "not."
+    "evaluation, mean over clients and over the last {tail} evaluations (over all, "
+    "where there are fewer). The first of each two columns is of the participants, "
+    "those not excluded so far, which is what the paper's figure 3(a, b) averages: an "
+    "attacker among them evaluates on flipped labels, and its leaving changes that "
+    "mean even where the model stays as it is; in the end one or two clients may be "
+    "left. *Honest* clients are the same at all times, excluded or not. *never* is "
+    "FedAvg, which weighs clients by their samples; MAD weighs those it keeps alike, "
+    "before it is engaged as well."
 )
 METRICS_NOTE = (
-    f"Mean of the last {results.TAIL} evaluations. Sensitivity and specificity are "
-    "those of class 1, the disease; *balanced* is their mean. *att. out* and *hon. "
-    "out*: share of the attackers and of the honest clients that were rejected in "
-    "the last round (by MAD for good; other rules decide anew in every round); a "
-    "dash where a rule rejects nobody. mad@5 is engaged in round 5."
+    "Mean of the last {tail} evaluations (of all, where there are fewer). Sensitivity "
+    "and specificity are those of class 1, the disease; *balanced* is their mean. "
+    "*att. out* and *hon. out*: of the attackers and of the honest clients, the share "
+    "that MAD excluded for good; for other rules, which decide anew in every round, "
+    "the share of their updates that was rejected in the whole run. Updates that are "
+    "not finite count as rejected; a dash where nothing ever was. mad@{start} is "
+    "engaged in round {start}."
 )
 CLAIMS_NOTE = (
     "The paper shows curves without numbers, so its claims stand here beside what "
-    "this run measured. It does not give its network, learning rate, batch size, "
-    "local epochs, the threshold under which a client is excluded, or its number of "
-    "runs."
+    "this run measured, over all rounds of engagement and seeds together. *At once* "
+    "is the mean of the last evaluation before the last attacker leaves, to that of "
+    "the first after. It does not give its network, learning rate, batch size, local "
+    "epochs, the threshold under which a client is excluded, or its number of runs."
 )
 
 FIELDS = ("loss", "accuracy")  # what clients measure on their own samples
@@ -65,18 +71,22 @@ def write(
     """
     histories = {name: _with_seeds(h) for name, h in result.histories.items()}
     engagement = _engagement(config, cells)
+    setting = f"{config.attacks[0]}, {config.partitions[0]}"
     tables = {
-        "Exclusion": (_exclusion_table(engagement, histories), EXCLUSION_NOTE),
-        "The clients' own samples": (
+        f"Exclusion: {setting}": (
+            _exclusion_table(engagement, histories),
+            EXCLUSION_NOTE,
+        ),
+        f"The clients' own samples: {setting}": (
             _client_table(engagement, histories),
-            CLIENTS_NOTE,
+            CLIENTS_NOTE.format(tail=results.TAIL),
         ),
     }
-    note = METRICS_NOTE
+    note = METRICS_NOTE.format(tail=results.TAIL, start=config.engage[0])
     for partition in config.partitions:
         for attack in config.attacks:
             systems = _systems(cells, partition, attack)
-            table = _metrics_table(systems, histories)
+            table = _metrics_table(systems, cells, histories)
             tables[f"Test set: {attack}, {partition}"] = (table, note)
             note = ""
     claims = _claims(config, cells, engagement, histories)
@@ -142,12 +152,12 @@ def exclusions(history: fs.History) -> tuple[np.ndarray, np.ndarray]:
 
 
 def client_means(history: fs.History, field: str, who: str) -> np.ndarray:
-    """``[seeds, R]``: mean of a local measurement over ``participants`` or ``benign``.
+    """``[seeds, R]``: mean of a local measurement over ``participants`` or ``honest``.
 
     NaN where the round was not evaluated, or nobody is left.
     """
     values = np.asarray(history.local[field], float)
-    chosen = ~np.asarray(history.byzantine if who == "benign" else history.flagged)
+    chosen = ~np.asarray(history.byzantine if who == "honest" else history.flagged)
     known = chosen & np.isfinite(values)
     count = known.sum(axis=-1)
     total = np.where(known, values, 0.0).sum(axis=-1)
@@ -196,15 +206,17 @@ def _client_table(
         measured = [
             mean_and_spread(tail(client_means(histories[name], field, who)))
             for field in FIELDS
-            for who in ("participants", "benign")
+            for who in ("participants", "honest")
         ]
         rows.append((label, *measured))
-    header = ("engaged", "loss", "loss, benign", "accuracy", "accuracy, benign")
+    header = ("engaged", "loss", "loss, honest", "accuracy", "accuracy, honest")
     return fs.report.Table(header, rows)
 
 
 def _metrics_table(
-    systems: Mapping[str, str], histories: Mapping[str, fs.History]
+    systems: Mapping[str, str],
+    cells: Mapping[str, Any],
+    histories: Mapping[str, fs.History],
 ) -> fs.report.Table:
     rows = []
     for label, name in systems.items():
@@ -216,12 +228,14 @@ def _metrics_table(
             "sensitivity": np.asarray(history.class_recall)[..., 1],
             "specificity": np.asarray(history.class_specificity)[..., 1],
         }
-        flagged = np.asarray(history.flagged)[:, -1]
-        byzantine = np.asarray(history.byzantine)[:, -1]
+        if cells[name].start is None:
+            out, byzantine = history.flagged, np.asarray(history.byzantine)
+        else:
+            out, byzantine = exclusions(history)
         shares = ["-", "-"]
-        if np.asarray(history.flagged).any():
+        if np.any(out):
             shares = [
-                results.percent(float(flagged[who].mean())) if who.any() else "-"
+                f"{100 * np.mean(out[who] > 0):.3g}%" if who.any() else "-"
                 for who in (byzantine, ~byzantine)
             ]
         values = [
@@ -299,7 +313,7 @@ def _effects(systems: Sequence[fs.History]) -> _Effects:
             for own, liars in zip(since, byzantine)
         ]
         all_gone += sum(when > 0 for when in gone)
-        for field, who in itertools.product(FIELDS, ("participants", "benign")):
+        for field, who in itertools.product(FIELDS, ("participants", "honest")):
             values = client_means(history, field, who)
             pair = _around(history, values, np.array(gone))
             old = moved.setdefault(f"{field} {who}", ([], []))
@@ -349,17 +363,17 @@ def _claims(
         (
             "exclusion at once lowers the loss",
             f"participants {did.change('loss participants')}, "
-            f"benign {did.change('loss benign')}",
+            f"honest {did.change('loss honest')}",
         ),
         (
             "exclusion at once raises the accuracy",
             f"participants {did.change('accuracy participants')}, "
-            f"benign {did.change('accuracy benign')}",
+            f"honest {did.change('accuracy honest')}",
         ),
         (
             "without exclusion the loss does not converge but rises slightly",
             f"participants: {_course(never, 'participants')}; "
-            f"benign: {_course(never, 'benign')}",
+            f"honest: {_course(never, 'honest')}",
         ),
     ]
     rows += _long_claims(config, cells, histories)
@@ -369,14 +383,14 @@ def _claims(
 def _long_claims(
     config: Any, cells: Mapping[str, Any], histories: Mapping[str, fs.History]
 ) -> list[tuple[str, str]]:
-    """Benign accuracy in the part long, before the last engagement and after."""
+    """Honest clients' accuracy in the part long, before and after the last start."""
     long = {c.start: histories[n] for n, c in cells.items() if c.part == "long"}
     if len(long) < 2:
         return []
     late = max(long)
     parts = []
     for start, history in sorted(long.items()):
-        values = client_means(history, "accuracy", "benign")
+        values = client_means(history, "accuracy", "honest")
         rounds = np.asarray(history.round)[0]
         known = np.isfinite(values).all(axis=0)
         while_in = known & (rounds > late // 2) & (rounds < late)
@@ -412,34 +426,42 @@ def _plots(
 
     draw: Callable[..., Any] = fs.report.line_plot
     starts = [c.start for n, c in cells.items() if n in engagement.values() and c.start]
+    setting = f"{config.attacks[0]}, {config.partitions[0]}"
     plots = {
         "client_loss": draw(
             lines(engagement, "loss", "participants"),
-            "loss, mean over participants",
+            "loss of participants",
+            title=setting,
             marks=starts,
         ),
         "client_accuracy": draw(
             lines(engagement, "accuracy", "participants"),
-            "accuracy, mean over participants",
+            "accuracy of participants",
+            title=setting,
             marks=starts,
         ),
-        "benign_accuracy": draw(
-            lines(engagement, "accuracy", "benign"),
-            "accuracy, mean over benign clients",
+        "honest_accuracy": draw(
+            lines(engagement, "accuracy", "honest"),
+            "accuracy of honest clients",
+            title=setting,
             marks=starts,
         ),
     }
     long = {f"MAD from {c.start}": n for n, c in cells.items() if c.part == "long"}
     if long:
-        plots["benign_accuracy_long"] = draw(
-            lines(long, "accuracy", "benign"),
-            "accuracy, mean over benign clients",
+        plots["honest_accuracy_long"] = draw(
+            lines(long, "accuracy", "honest"),
+            "accuracy of honest clients",
+            title=setting,
             marks=list(config.engage_long),
         )
     first = next(n for k, n in engagement.items() if k.startswith("MAD"))
     one_seed = jax.tree.map(lambda x: np.asarray(x)[0], histories[first])
     plots["trust"] = fs.report.client_plot(
-        one_seed, ["reputation", "trust"], marks=[cells[first].start]
+        one_seed,
+        ["reputation", "trust"],
+        title=f"{setting}, MAD from {cells[first].start}, seed {config.seed}",
+        marks=[cells[first].start],
     )
     return plots
 

@@ -232,11 +232,13 @@ def publish(
         "settings": settings,
     }
     write_atomically(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if config.num_seeds > 1:
+        remarks = ["± is the standard deviation over the seeds (ddof 1).", *remarks]
     parts = [
         f"# {title}",
         f"`{command}`",
         f"{settings} {result.compile_seconds:.0f} s compiling, "
-        f"{result.run_seconds:.0f} s running.",
+        f"{result.run_seconds:.0f} s running the rounds.",
         "; ".join(f"{k} {v}" for k, v in versions().items()),
         *remarks,
     ]

@@ -43,7 +43,7 @@ def check_out(config: Any) -> None:
             )
         if old_key != key:
             new = as_json(config)
-            old = WHEN | old
+            old = {k: v for k, v in WHEN.items() if k in new} | old
             changed = sorted(
                 k
                 for k in old.keys() | new.keys()

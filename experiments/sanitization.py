@@ -99,7 +99,7 @@ class Config:
     source: int = 3
     #: Class they relabel them as.
     flip_target: int = 2
-    #: Class of the samples that badnets and hybrid stamp.
+    #: Class that badnets and hybrid relabel the samples as which they stamp.
     target: int = 0
     #: Side of the trigger, in pixels: a white square in the lower right corner.
     trigger: int = 3
@@ -217,6 +217,13 @@ def num_attackers(config: Config, share: float) -> int:
     return math.ceil(share * config.clients - 1e-9)
 
 
+def counts(config: Config, share: float) -> tuple[int, int]:
+    """Attackers among all clients, and how many of them rules assume in a cohort."""
+    count = num_attackers(config, share)
+    cohort = runner.cohort_size(config)
+    return count, runner.assumed_byzantine(config.clients, cohort, count)
+
+
 def make_attack(config: Config, cell: Cell, num_classes: int) -> specs.Attack:
     """The attack of a cell."""
     flip = {"source": config.source, "target": config.flip_target}
@@ -282,7 +289,6 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         seed=config.partition_seed,
     )
     model = make_model(data.train.inputs.shape[1:], data.num_classes)
-    cohort = runner.cohort_size(config)
     shared: dict[str, Any] = {
         "model": fs.models.for_task(model, data.task),
         "clients": clients,
@@ -290,7 +296,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         "client_update": fs.local_sgd(
             optax.sgd(config.lr), epochs=config.epochs, batch_size=config.batch_size
         ),
-        "cohort_size": cohort,
+        "cohort_size": runner.cohort_size(config),
         "client_chunk": config.client_chunk,
     }
     todo = cells(config)
@@ -304,8 +310,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
 
     def simulation(cell: Cell) -> fs.Simulation:
         attack = attacks[cell.attack, cell.poison]
-        count = num_attackers(config, cell.attackers)
-        f = runner.assumed_byzantine(config.clients, cohort, count)
+        count, f = counts(config, cell.attackers)
         clusters = config.clusters or data.num_classes
         defense = specs.make_defense(cell.defense, f, clusters)
         own = on_clients.setdefault(cell.defense, defense.on_clients)
@@ -326,12 +331,18 @@ def settings(config: Config) -> str:
     seeds = f"seed {config.seed}"
     if config.num_seeds > 1:
         seeds += f" and the {config.num_seeds - 1} after it"
+    attackers = ", ".join(
+        f"{results.percent(share)} are {count} clients (rules assume {f} in a cohort)"
+        for share in config.attackers
+        for count, f in [counts(config, share)]
+    )
     return (
         f"{config.dataset}, {config.model}, {config.clients} clients "
         f"({config.partition}), {runner.cohort_size(config)} a round; label flip "
         f"{config.source} to {config.flip_target}, trigger of {config.trigger} x "
         f"{config.trigger} pixels for class {config.target}; {config.epochs} local "
-        f"epoch(s), batch {config.batch_size}, rate {config.lr:g}, {seeds}."
+        f"epoch(s), batch {config.batch_size}, rate {config.lr:g}, {seeds}. "
+        f"Attackers: {attackers}."
     )
 
 

@@ -79,10 +79,16 @@ PAPER_NOTE = (
     "poisoned, what the trigger was, nor the network's sizes, rounds, rate and batch."
 )
 ATTACK_NOTE = (
-    f"Test accuracy / attack success, mean of the last {results.TAIL} evaluations. "
+    f"Test accuracy / attack success, mean of the last {results.TAIL} evaluations (of "
+    "all, where there are fewer). "
     "Success is the share of the source class that is taken for the flip's target, "
-    "and of the stamped images of other classes that are taken for the trigger's; "
-    "without an attack it is the model's own confusion of the two classes."
+    "and of the stamped images of other classes that are taken for the trigger's. "
+    "Without an attack: accuracy alone, of what may be run by clients that nobody "
+    "attacks."
+)
+SWEEP_NOTE = (
+    "As in the first table. The hybrid attack, which is both of these at once, is not "
+    "varied, as in the paper's table III."
 )
 CLASS_NOTE = (
     "*AUC*, *balanced* accuracy, and the *worst class*: the lowest recall of a "
@@ -129,11 +135,11 @@ def write(
     ratios = _sweep_table(config, by_cell, "attackers", config.attackers)
     poisons = (config.poison, *config.poisons)
     if len(config.attackers) > 1:
-        tables["Share of attackers"] = (ratios, ATTACK_NOTE)
+        tables["Share of attackers"] = (ratios, SWEEP_NOTE)
     if len(poisons) > 1:
         title = f"Poisoning ratio, {share} attackers"
         poisoned = _sweep_table(config, by_cell, "poison", sorted(poisons))
-        tables[title] = (poisoned, ATTACK_NOTE)
+        tables[title] = (poisoned, SWEEP_NOTE)
     samples = _samples_table(by_cell)
     if samples.rows:
         tables["Samples left out"] = (samples, SAMPLES_NOTE)
@@ -173,7 +179,7 @@ def _attack_table(config: Any, by_cell: Mapping[Any, fs.History]) -> fs.report.T
     for defense in dict.fromkeys(("fedavg", *config.defenses)):
         cells = [main.get((defense, attack)) for attack in columns]
         name = "no defense" if defense == "fedavg" else defense
-        rows.append((name, *("" if h is None else _both(h) for h in cells)))
+        rows.append((name, *("-" if h is None else _both(h) for h in cells)))
         own = paper.get(defense.split("(")[0])
         if own:
             rows.append(("↳ paper", *(_paper(own.get(a)) for a in columns)))

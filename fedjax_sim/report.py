@@ -33,6 +33,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E
 MARKERS = ["o", "s", "^", "D", "v", "p", "<", ">"]
 LINES = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))]
 
+_NAME = 40  # characters from which a cell of a table is a sentence
 COLUMN = 3.5  # inches, one column of a two-column paper
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -178,7 +179,8 @@ def client_plot(
     """What a rule thinks of each client against rounds: a line per client.
 
     Honest clients are drawn in one colour and Byzantine ones, dashed and on top, in
-    another. A client that is not in the cohort of a round has a gap there.
+    another. A line joins the rounds in which its client took part, with a dot at each
+    where it missed any.
 
     Args:
         history: of one system and one seed.
@@ -232,13 +234,14 @@ def client_plot(
             for client in np.unique(ids):
                 own = ids == client
                 liar = bool(np.asarray(history.byzantine)[own].any())
-                line = np.where(own, values, np.nan)
-                line = np.where(np.isfinite(line), line, np.nan)
+                line = np.where(own & np.isfinite(values), values, np.nan)
+                there = own.any(axis=1)
                 axes.plot(
-                    rounds,
-                    _mean_defined(line, axis=1),
+                    rounds[there],
+                    _mean_defined(line, axis=1)[there],
                     color=COLOURS[liar],
                     linestyle="--" if liar else "-",
+                    marker="" if there.all() else ".",
                     zorder=2 + liar,
                     label="Byzantine client" if liar else "honest client",
                 )
@@ -478,8 +481,16 @@ def _last_success(values: np.ndarray, cell: Callable[[np.ndarray], str]) -> str:
     return cell(values[:, done[-1]]) if done.size else "-"
 
 
+def _to_the_left(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
+    """Of every column: whether it is the first, or holds sentences."""
+    longest = [
+        max((len(str(r[i])) for r in rows), default=0) for i in range(len(header))
+    ]
+    return [i == 0 or length > _NAME for i, length in enumerate(longest)]
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A GitHub table: the first column to the left, the others to the right.
+    """A GitHub table: the first column and those of text to the left.
 
     Example:
         >>> print(markdown_table(("system", "final"), [("median", 0.95)]))
@@ -487,7 +498,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
         |:---|---:|
         | median | 0.95 |
     """
-    alignment = [":---", *["---:"] * (len(header) - 1)]
+    rows = [tuple(row) for row in rows]
+    alignment = [":---" if left else "---:" for left in _to_the_left(header, rows)]
     lines = ["| " + " | ".join(_escape(cell) for cell in header) + " |"]
     lines.append("|" + "|".join(alignment) + "|")
     for row in rows:
@@ -506,13 +518,19 @@ def rich_table(
         >>> rich_table(("system", "final"), [("median", 0.95)]).row_count
         1
     """
+    rows = [tuple(row) for row in rows]
     # Narrow, so that six rounds and a long name fit a terminal of 80 columns.
     result = rich.table.Table(
         title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
     )
-    for index, name in enumerate(header):
-        first = index == 0
-        result.add_column(name, justify="left" if first else "right", no_wrap=first)
+    names = max((len(str(row[0])) for row in rows), default=0) <= _NAME
+    for index, left in enumerate(_to_the_left(header, rows)):
+        result.add_column(
+            header[index],
+            justify="left" if left else "right",
+            no_wrap=index == 0 and names,
+            overflow="fold",
+        )
     for row in rows:
         result.add_row(*(str(cell) for cell in row))
     return result
@@ -612,7 +630,7 @@ def _draw(
 
 def _label_rounds(axes: Axes) -> None:
     axes.set_xlabel("communication round")
-    locator = MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+    locator = MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
     axes.xaxis.set_major_locator(locator)
 
 

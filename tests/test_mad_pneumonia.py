@@ -26,7 +26,7 @@ TINY = (
 )
 ENGAGED, LONG = "iid label_flip mad@2", "long label_flip mad@1"
 SYSTEMS = ["iid none fedavg", "iid label_flip fedavg", ENGAGED, LONG]
-PLOTS = ("client_loss", "client_accuracy", "benign_accuracy", "benign_accuracy_long")
+PLOTS = ("client_loss", "client_accuracy", "honest_accuracy", "honest_accuracy_long")
 
 
 def run(out, *options):
@@ -115,8 +115,8 @@ def test_summary_has_the_tables_of_the_study(finished):
     text = (out / "summary.md").read_text()
     assert "`python -m experiments.mad_pneumonia --preset demo --out " in text
     for title in (
-        "Exclusion",
-        "The clients' own samples",
+        "Exclusion: label_flip, iid",
+        "The clients' own samples: label_flip, iid",
         "Test set: label_flip, iid",
         "The paper's claims",
     ):
@@ -154,12 +154,14 @@ def test_a_resumed_run_is_longer_and_otherwise_the_same(finished):
         longer = result.histories[name]
         jax.tree.map(np.testing.assert_array_equal, history, longer)
     # A part that is left out leaves no plot.
-    assert not (earlier / "benign_accuracy_long.png").exists()
+    assert not (earlier / "honest_accuracy_long.png").exists()
 
 
 def test_another_configuration_is_not_resumed(finished):
     out, *_ = finished
-    with pytest.raises(ValueError, match=r"another configuration \(.*held_out: 0.2 -"):
+    with pytest.raises(
+        ValueError, match=r"another configuration \(held_out: 0.2 -> 0.3\)"
+    ):
         run(out, "--held-out", "0.3", "--resume")
     with pytest.raises(ValueError, match=r"already holds a run\. Add --resume"):
         run(out)
@@ -197,6 +199,24 @@ def made(seed=0, seeds=2, rounds=9, cohort=3, clients=7, every=2):
     )
 
 
+def test_rejected_shares_are_for_good_or_of_the_whole_run():
+    history = made()
+    rates = np.random.default_rng(1).random((2, 9, 2))
+    history = history._replace(class_recall=rates, class_specificity=rates)
+    cell = mad_pneumonia.Cell("settings", "iid", "label_flip", "mad", 2)
+    cells = {"mad": cell, "krum": cell._replace(rule="krum", start=None)}
+    names = {name: name for name in cells}
+    table = mad_report._metrics_table(names, cells, dict.fromkeys(cells, history))
+    assert table.header[-2:] == ("att. out", "hon. out")
+    mad, krum = (row[-2:] for row in table.rows)
+    liar, out = history.byzantine, history.flagged
+    wanted = [f"{100 * out[who].mean():.3g}%" for who in (liar, ~liar)]
+    assert list(krum) == wanted
+    since, byzantine = mad_report.exclusions(history)
+    gone = [f"{100 * (since[who] > 0).mean():.3g}%" for who in (byzantine, ~byzantine)]
+    assert list(mad) == gone != wanted
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_exclusions_equal_a_loop(seed):
     history = made(seed)
@@ -216,7 +236,7 @@ def test_exclusions_equal_a_loop(seed):
     assert 0 < (since > 0).sum() < since.size
 
 
-@pytest.mark.parametrize("who", ["participants", "benign"])
+@pytest.mark.parametrize("who", ["participants", "honest"])
 @pytest.mark.parametrize("field", ["loss", "accuracy"])
 def test_client_means_equal_a_loop(who, field):
     history = made()
@@ -225,7 +245,7 @@ def test_client_means_equal_a_loop(who, field):
     for s, r in np.ndindex(found.shape):
         values = []
         for i in range(3):
-            out = history.byzantine if who == "benign" else history.flagged
+            out = history.byzantine if who == "honest" else history.flagged
             value = history.local[field][s, r, i]
             if not out[s, r, i] and np.isfinite(value):
                 values.append(value)
@@ -246,7 +266,7 @@ def test_what_the_long_part_says_of_the_last_engagement():
     assert "fluctuate until excluded" in claim
     parts = []
     for cell in (early, late):
-        values = mad_report.client_means(histories[cell.name], "accuracy", "benign")
+        values = mad_report.client_means(histories[cell.name], "accuracy", "honest")
         spans = {"before": values[:, 3:5], "from": values[:, 6:9]}
         parts.append(f"engaged at {cell.start}: ")
         parts[-1] += ", ".join(

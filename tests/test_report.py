@@ -249,15 +249,17 @@ def test_client_plot_draws_every_client_where_it_takes_part(tmp_path):
     assert (upper.get_ylabel(), lower.get_ylabel()) == ("trust", "scores")
     assert lower.get_xlabel() == "communication round"
     expected = {
-        "trust": {0: [0.1, 0.4, NAN], 1: [0.2, NAN, 0.5], 3: [NAN, 0.3, 0.6]},
-        "scores": {0: [1, NAN, NAN], 1: [2, NAN, 5], 3: [NAN, 3, 6]},
+        "trust": {0: [0.1, 0.4], 1: [0.2, 0.5], 3: [0.3, 0.6]},
+        "scores": {0: [1, NAN], 1: [2, 5], 3: [3, 6]},
     }
+    rounds = {0: [1, 2], 1: [1, 3], 3: [2, 3]}
     for axes, by_client in zip(figure.axes, expected.values()):
         lines = data_lines(axes)
         assert mark_places(axes) == [2]
         for line, (client, values) in zip(lines, by_client.items(), strict=True):
-            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_array_equal(line.get_xdata(), rounds[client])
             np.testing.assert_array_equal(line.get_ydata(), values)
+            assert line.get_marker() == "."  # it missed a round
             liar = client == 1
             assert line.get_label() == ("Byzantine" if liar else "honest") + " client"
             assert line.get_color() == report.COLOURS[liar]
