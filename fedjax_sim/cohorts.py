@@ -114,7 +114,15 @@ def own_data(
     for position, attack in enumerate(attacks):
         poisoned = attack.poison(row.poison_key, clean, context)
         chosen = row.poison == position
-        data = jax.tree.map(lambda a, b, c=chosen: jnp.where(c, a, b), poisoned, data)
+        # What no attack changes stays the same array, which costs nothing.
+        data = jax.tree.map(
+            lambda new, clean, old, c=chosen: (
+                old if new is clean else jnp.where(c, new, old)
+            ),
+            poisoned,
+            clean,
+            data,
+        )
     return data, clean
 
 
@@ -193,8 +201,11 @@ def left_out(data: ClientData, clean: ClientData, keep: Array) -> dict[str, Arra
     """
     poisoned = jnp.zeros(data.valid.shape, bool)
     for a, b in ((data.inputs, clean.inputs), (data.targets, clean.targets)):
-        # A NaN differs from itself.
-        differs = (a != b) & ~((a != a) & (b != b))
+        if a is b:
+            continue
+        differs = a != b
+        if jnp.issubdtype(a.dtype, jnp.inexact):  # a NaN differs from itself
+            differs &= ~(jnp.isnan(a) & jnp.isnan(b))
         poisoned |= differs.reshape(len(poisoned), -1).any(axis=1)
 
     def count(samples: Array) -> Array:
