@@ -152,10 +152,13 @@ class Cell(NamedTuple):
     start: int | None = None
 
     @property
+    def label(self) -> str:
+        return self.rule if self.start is None else f"{self.rule}@{self.start}"
+
+    @property
     def name(self) -> str:
         where = "long" if self.part == "long" else self.partition
-        rule = self.rule if self.start is None else f"{self.rule}@{self.start}"
-        return f"{where} {self.attack} {rule}"
+        return f"{where} {self.attack} {self.label}"
 
 
 def cells(config: Config) -> list[Cell]:
@@ -222,6 +225,9 @@ def check(config: Config) -> None:
                 "--engage and --engage-long say when it engages; got "
                 f"{text!r}."
             )
+    calls = [specs.parse(text) for text in config.mad]
+    if any(call in calls[:i] for i, call in enumerate(calls)):
+        raise ValueError(f"--mad repeats one of its values: {config.mad}.")
 
 
 def make_rule(config: Config, cell: Cell) -> fs.types.Aggregator:

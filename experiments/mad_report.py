@@ -35,9 +35,9 @@ METRICS_NOTE = (
     "and specificity are those of class 1, the disease; *balanced* is their mean. "
     "*att. out* and *hon. out*: of the attackers and of the honest clients, the share "
     "that MAD excluded for good; for other rules, which decide anew in every round, "
-    "the share of their updates that was rejected in the whole run. Updates that are "
-    "not finite count as rejected; a dash where nothing ever was. mad@{start} is "
-    "engaged in round {start}."
+    "the share of their updates that was rejected in the whole run, those that were "
+    "not finite among them; a dash where nobody was. mad@{start} is engaged in round "
+    "{start}."
 )
 CLAIMS_NOTE = (
     "The paper shows curves without numbers, so its claims stand here beside what "
@@ -129,26 +129,39 @@ def _engagement(config: Any, cells: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def exclusions(history: fs.History) -> tuple[np.ndarray, np.ndarray]:
-    """When each client was rejected for good, and who is Byzantine: ``[seeds, N]``.
+class Exclusions(NamedTuple):
+    """What MAD did with every client, ``[seeds, N]``; N from those ever drawn.
 
-    0 for a client that was never rejected, or not in the last round it took part in.
+    Attributes:
+        since: the round in which it was excluded for good, 0 for never.
+        byzantine: whether it is an attacker.
+        honest: whether it is not. Neither, where the client was never drawn.
+    """
+
+    since: np.ndarray
+    byzantine: np.ndarray
+    honest: np.ndarray
+
+
+def exclusions(history: fs.History) -> Exclusions:
+    """When MAD excluded each client.
+
+    A client has a finite score in the rounds in which MAD judges it, the last of them
+    being that of its exclusion. A client whose update is not finite is rejected in
+    that round, but not judged, and not excluded.
     """
     ids = np.asarray(history.client_ids)
+    rounds, places = np.broadcast_arrays(np.asarray(history.round)[..., None], ids)
+    seeds = np.broadcast_to(np.arange(len(ids))[:, None, None], ids.shape)
     shape = (len(ids), int(ids.max()) + 1)
-    since = np.zeros(shape, int)
-    byzantine = np.zeros(shape, bool)
-    for seed, client in np.ndindex(shape):
-        rows, places = np.nonzero(ids[seed] == client)
-        flagged = np.asarray(history.flagged)[seed, rows, places]
-        byzantine[seed, client] = np.asarray(history.byzantine)[
-            seed, rows, places
-        ].any()
-        free = np.flatnonzero(~flagged)
-        first = int(free[-1]) + 1 if free.size else 0
-        if first < len(rows):
-            since[seed, client] = np.asarray(history.round)[seed, rows[first]]
-    return since, byzantine
+    since, byzantine = np.zeros(shape, int), np.zeros(shape, bool)
+    honest = np.zeros(shape, bool)
+    out = np.asarray(history.flagged) & np.isfinite(np.asarray(history.scores))
+    since[seeds[out], places[out]] = rounds[out]
+    liar = np.asarray(history.byzantine)
+    byzantine[seeds[liar], places[liar]] = True
+    honest[seeds[~liar], places[~liar]] = True
+    return Exclusions(since, byzantine, honest)
 
 
 def client_means(history: fs.History, field: str, who: str) -> np.ndarray:
@@ -183,7 +196,7 @@ def _systems(cells: Mapping[str, Any], partition: str, attack: str) -> dict[str,
         if cell.attack == specs.NO_ATTACK:
             found["fedavg, no attack"] = name
         elif cell.attack == attack:
-            found[name.split(" ", 2)[2] if cell.start else cell.rule] = name
+            found[cell.label] = name
     return found
 
 
@@ -192,9 +205,9 @@ def _exclusion_table(
 ) -> fs.report.Table:
     rows: list[tuple[str, ...]] = []
     for label, name in engagement.items():
-        since, byzantine = exclusions(histories[name])
+        since, byzantine, honest = exclusions(histories[name])
         if label.startswith("MAD"):
-            rows.append((label, _when(since[byzantine]), _when(since[~byzantine])))
+            rows.append((label, _when(since[byzantine]), _when(since[honest])))
     return fs.report.Table(("engaged", "attackers excluded", "honest excluded"), rows)
 
 
@@ -229,14 +242,15 @@ def _metrics_table(
             "specificity": np.asarray(history.class_specificity)[..., 1],
         }
         if cells[name].start is None:
-            out, byzantine = history.flagged, np.asarray(history.byzantine)
+            liar = np.asarray(history.byzantine)
+            found = Exclusions(np.asarray(history.flagged), liar, ~liar)
         else:
-            out, byzantine = exclusions(history)
+            found = exclusions(history)
         shares = ["-", "-"]
-        if np.any(out):
+        if found.since.any():
             shares = [
-                f"{100 * np.mean(out[who] > 0):.3g}%" if who.any() else "-"
-                for who in (byzantine, ~byzantine)
+                f"{100 * np.mean(found.since[who] > 0):.3g}%" if who.any() else "-"
+                for who in (found.byzantine, found.honest)
             ]
         values = [
             mean_and_spread(tail(np.asarray(v, float))) for v in measured.values()
@@ -302,11 +316,11 @@ def _effects(systems: Sequence[fs.History]) -> _Effects:
     caught, attackers, alarms, honest, all_gone = 0, 0, 0, 0, 0
     moved: dict[str, tuple[list[float], list[float]]] = {}
     for history in systems:
-        since, byzantine = exclusions(history)
+        since, byzantine, innocent = exclusions(history)
         caught += int((since[byzantine] > 0).sum())
         attackers += int(byzantine.sum())
-        alarms += int((since[~byzantine] > 0).sum())
-        honest += int((~byzantine).sum())
+        alarms += int((since[innocent] > 0).sum())
+        honest += int(innocent.sum())
         # The round from which nobody of the attackers takes part.
         gone = [
             own[liars].max() if liars.any() and (own[liars] > 0).all() else 0

@@ -184,10 +184,11 @@ def tail(values: Any) -> np.ndarray:
         values: ``[R]`` or ``[seeds, R]``, NaN where a round was not evaluated.
     """
     values = np.atleast_2d(np.asarray(values, float))
-    known = values[:, ~np.isnan(values).all(axis=0)]
-    if not known.size:
-        return np.full(len(values), np.nan)
-    return np.nanmean(known[:, -TAIL:], axis=1)
+    last = values[:, ~np.isnan(values).all(axis=0)][:, -TAIL:]
+    known = ~np.isnan(last)
+    total = np.where(known, last, 0.0).sum(axis=1)
+    count = known.sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def publish(

@@ -177,11 +177,20 @@ def assumed_byzantine(num_clients: int, cohort_size: int, num_byzantine: int) ->
 
 
 def check_progress(config: Any, phases: Sequence[Phase]) -> None:
-    """Checks that no phase is already further than asked for.
+    """Checks that no phase is already further than asked for, or left out.
 
     Raises:
-        ValueError: naming the rounds done and asked for; or checkpoints that are gone.
+        ValueError: naming the rounds done and asked for; or the phase whose results
+            would be lost; or checkpoints that are gone.
     """
+    checkpoints = config.out / "checkpoints"
+    names = {phase.name for phase in phases}
+    for folder in sorted(checkpoints.glob("*")):
+        if checkpoint.latest_round(folder) is not None and folder.name not in names:
+            raise ValueError(
+                f"{config.out} holds the part {folder.name!r}, which the options leave "
+                "out: its results would be lost. Ask for it, or choose another --out."
+            )
     last = 0
     for phase in phases:
         last = phase.num_rounds + (last if phase.fork_from else 0)
@@ -192,7 +201,6 @@ def check_progress(config: Any, phases: Sequence[Phase]) -> None:
                 f"options ask for round {last}. Ask for at least that many rounds, or "
                 "choose another --out."
             )
-    checkpoints = config.out / "checkpoints"
     if (config.out / "metrics.csv").exists() and not checkpoints.is_dir():
         raise ValueError(
             f"{config.out} holds results, but its checkpoints are gone: it cannot be "

@@ -260,8 +260,30 @@ def check(config: Config) -> None:
                 f"--attackers {share} of {config.clients} clients, rounded up, is all "
                 "of them; somebody must be honest."
             )
-    for poison in (config.poison, *config.poisons):
+    poisons = (config.poison, *config.poisons)
+    for poison in poisons:
         check_number("--poison and --poisons", poison, 0, 1, "(]")
+    if len(set(poisons)) < len(poisons):
+        raise ValueError(
+            "--poisons needs ratios other than --poison, each once; got "
+            f"{config.poisons} besides {config.poison}."
+        )
+    check_names(cells(config))
+
+
+def check_names(todo: list[Cell]) -> None:
+    """Checks that every system has a name of its own.
+
+    Raises:
+        ValueError: two that results could not tell apart.
+    """
+    names = [cell.name for cell in todo]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"two systems would be called {twice[0]!r}: values of --attackers, or of "
+            "--poison and --poisons, must differ in their first six digits."
+        )
 
 
 def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
@@ -278,7 +300,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     make_model = lookup("model", config.model, fs.models.MODELS)
     partition = specs.make_partition(config.partition)
     for text in config.defenses:
-        specs.make_defense(text, 0, config.clusters or 2)
+        specs.make_defense(text, 0, 2 if config.clusters is None else config.clusters)
 
     data = fs.data.load(config.dataset, config.data_dir)
     clients, _ = fs.data.federate(
@@ -305,13 +327,13 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         (c.attack, c.poison): make_attack(config, c, data.num_classes) for c in todo
     }
 
+    clusters = data.num_classes if config.clusters is None else config.clusters
     # And one client defense, so that they share its compiled program.
     on_clients: dict[str, Any] = {}
 
     def simulation(cell: Cell) -> fs.Simulation:
         attack = attacks[cell.attack, cell.poison]
         count, f = counts(config, cell.attackers)
-        clusters = config.clusters or data.num_classes
         defense = specs.make_defense(cell.defense, f, clusters)
         own = on_clients.setdefault(cell.defense, defense.on_clients)
         return fs.Simulation(

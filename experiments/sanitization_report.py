@@ -134,12 +134,13 @@ def write(
     }
     ratios = _sweep_table(config, by_cell, "attackers", config.attackers)
     poisons = (config.poison, *config.poisons)
-    if len(config.attackers) > 1:
+    if ratios.rows and len(config.attackers) > 1:
         tables["Share of attackers"] = (ratios, SWEEP_NOTE)
     if len(poisons) > 1:
         title = f"Poisoning ratio, {share} attackers"
         poisoned = _sweep_table(config, by_cell, "poison", sorted(poisons))
-        tables[title] = (poisoned, SWEEP_NOTE)
+        if poisoned.rows:
+            tables[title] = (poisoned, SWEEP_NOTE)
     samples = _samples_table(by_cell)
     if samples.rows:
         tables["Samples left out"] = (samples, SAMPLES_NOTE)
@@ -153,6 +154,12 @@ def write(
         tables=tables,
         plots=_plots(config, by_cell),
     )
+
+
+def _own_rule(defense: str) -> str:
+    """The rule of a defense, without its options; empty where it is several."""
+    first, *others = specs.parse(defense)
+    return "" if others else first.name
 
 
 def _both(history: fs.History) -> str:
@@ -180,7 +187,7 @@ def _attack_table(config: Any, by_cell: Mapping[Any, fs.History]) -> fs.report.T
         cells = [main.get((defense, attack)) for attack in columns]
         name = "no defense" if defense == "fedavg" else defense
         rows.append((name, *("-" if h is None else _both(h) for h in cells)))
-        own = paper.get(defense.split("(")[0])
+        own = paper.get(_own_rule(defense))
         if own:
             rows.append(("↳ paper", *(_paper(own.get(a)) for a in columns)))
     header = ("defense", "no attack", *(LABELS[a] for a in config.attacks))
@@ -234,7 +241,7 @@ def _sweep_table(
             rows.append((label, *("" if h is None else _both(h) for h in cells)))
             own = PAPER_RATIOS.get(attack, {})
             if (field, config.dataset) == ("attackers", "mnist") and (
-                defense.startswith("sanitization")
+                _own_rule(defense) == "sanitization"
             ):
                 rows.append(("↳ paper", *(_paper(own.get(v)) for v in values)))
     shown = [results.percent(v) if field == "attackers" else f"{v:g}" for v in values]

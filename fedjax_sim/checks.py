@@ -100,6 +100,12 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
                 f"{name} must have as many targets as inputs, and at least one; got "
                 f"{len(data.inputs)} inputs and {len(targets)} targets."
             )
+        if np.shape(data.inputs)[1:] != np.shape(sim.clients.inputs)[1:]:
+            raise ValueError(
+                f"{name} must have inputs like the clients', of shape "
+                f"{np.shape(sim.clients.inputs)[1:]} each; got "
+                f"{np.shape(data.inputs)[1:]}."
+            )
         if multilabel != (targets.ndim == 2):
             raise ValueError(
                 f"{name} must have targets of as many dimensions as the clients; got "
@@ -161,6 +167,13 @@ def check_local_test(sim: "Simulation") -> None:
         raise ValueError(
             f"local_test has no samples for {int((sizes < 1).sum())} clients, the "
             f"first of them client {int(np.argmin(sizes))}. Hold out a larger share."
+        )
+    rows = np.asarray(held_out.indices)[np.asarray(held_out.mask)]
+    if rows.min() < 0 or rows.max() >= len(held_out.targets):
+        raise ValueError(
+            f"local_test has indices from {rows.min()} to {rows.max()}, but its pool "
+            f"has {len(held_out.targets)} rows, numbered from 0. Take it from "
+            "fs.data.hold_out."
         )
     if held_out.inputs is not ours.inputs:
         return
@@ -386,6 +399,16 @@ def _check_client_defense(
     """The defense suits the data and keeps its contract, by shapes alone."""
     who = f"the client defense {defense.name}"
     sizes, targets = np.asarray(sim.clients.sizes()), np.asarray(sim.clients.targets)
+    for field in ("init", "apply", "validate"):
+        if not callable(getattr(defense, field)):
+            raise TypeError(
+                f"{who}: {field} must be a function; got {getattr(defense, field)!r}."
+            )
+    if not isinstance(defense.needs, frozenset | set):
+        raise TypeError(
+            f"{who}: needs must be a set of names, such as frozenset({{'key'}}); got "
+            f"{defense.needs!r}."
+        )
     defense.validate(sizes, targets, sim.num_classes)
     given = {"key", "params", "round", "client_ids", "features"}
     if defense.needs - given:
@@ -428,6 +451,8 @@ def _check_client_defense(
                 f"{type(out[2]).__name__}."
             )
         for name, value in out[2].items():
+            if not isinstance(name, str):
+                raise TypeError(f"{who}: info must have names as keys; got {name!r}.")
             if name in SAMPLE_COUNTS:
                 raise TypeError(
                     f"{who}: info {name} is what the engine reports itself, with "
@@ -437,6 +462,11 @@ def _check_client_defense(
                 raise TypeError(
                     f"{who}: info {name} must have shape ({cohort},), one value a "
                     f"client; got {jnp.shape(value)}."
+                )
+            if not jnp.isrealobj(value):
+                raise TypeError(
+                    f"{who}: info {name} must be real numbers; got "
+                    f"{jnp.result_type(value)}."
                 )
 
     jax.eval_shape(one_round, jax.random.key(0))

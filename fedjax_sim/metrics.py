@@ -211,10 +211,12 @@ def _log_odds(outputs: Array) -> Array:
     largest = outputs.max(axis=-1, keepdims=True)
     share = jnp.exp(outputs - largest)
     top = jnp.arange(outputs.shape[-1])[None] == jnp.argmax(outputs, axis=-1)[:, None]
-    # Subtracting the largest term from the sum would leave nothing but rounding.
-    others = jnp.where(top, 0.0, share).sum(axis=-1, keepdims=True)
-    rest = jnp.where(top, others, share.sum(axis=-1, keepdims=True) - share)
-    return outputs - largest - jnp.log(rest)
+    # The largest term is not subtracted from the sum, which would leave nothing but
+    # rounding: the others are summed anew, beside the largest of them.
+    below = jnp.where(top, -jnp.inf, outputs)
+    of_top = jax.nn.logsumexp(below, axis=-1, keepdims=True)
+    rest = jnp.where(top, 1.0, share.sum(axis=-1, keepdims=True) - share)
+    return outputs - jnp.where(top, of_top, largest + jnp.log(rest))
 
 
 def _auc_of_one(scores: Array, positive: Array) -> Array:

@@ -493,6 +493,23 @@ def complaining(*args):
             "info poisoned is what the engine reports",
         ),
         (
+            broken(lambda keep, state, info: (keep, state, {1: keep[:, 0]})),
+            TypeError,
+            "info must have names as keys; got 1",
+        ),
+        (
+            broken(lambda keep, state, info: (keep, state, {"z": 1j * keep[:, 0]})),
+            TypeError,
+            "info z must be real numbers; got complex64",
+        ),
+        (broken(lambda *out: out, validate=None), TypeError, "validate must be a func"),
+        (
+            broken(lambda *out: out)._replace(init=None),
+            TypeError,
+            "init must be a function; got None",
+        ),
+        (broken(lambda *out: out, needs="key"), TypeError, "needs must be a set of na"),
+        (
             broken(lambda *out: out, needs=frozenset({"byzantine", "key"})),
             ValueError,
             r"custom needs \['byzantine'\], which it is not given. It is given "

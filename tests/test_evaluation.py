@@ -241,6 +241,16 @@ def test_local_test_of_other_clients():
         simulate(local_test=SHARED["classification"]["test"])
 
 
+def test_local_test_beyond_its_pool():
+    indices = np.array(LOCAL_TEST.indices)
+    for row in (-1, len(LOCAL_TEST.targets)):
+        indices[0, 0] = row
+        with pytest.raises(
+            ValueError, match=rf"indices from .*{row}.* but its pool has"
+        ):
+            simulate(local_test=LOCAL_TEST._replace(indices=jnp.asarray(indices)))
+
+
 def test_local_test_without_samples_of_somebody():
     held_out = emptied(emptied(LOCAL_TEST, 4), 2)
     message = "no samples for 2 clients, the first of them client 2. Hold out a larger"

@@ -159,6 +159,8 @@ def test_a_resumed_run_is_longer_and_otherwise_the_same(finished):
 
 def test_another_configuration_is_not_resumed(finished):
     out, *_ = finished
+    with pytest.raises(ValueError, match=r"holds the part 'long', which the options"):
+        run(out, "--long-rounds", "0", "--resume")
     with pytest.raises(
         ValueError, match=r"another configuration \(held_out: 0.2 -> 0.3\)"
     ):
@@ -176,10 +178,18 @@ def made(seed=0, seeds=2, rounds=9, cohort=3, clients=7, every=2):
     shape = (seeds, rounds, cohort)
     ids = np.array([rng.permutation(clients)[:cohort] for _ in range(seeds * rounds)])
     ids = ids.reshape(shape)
-    ids[..., 0] = np.where((ids != 0).all(axis=-1), 0, ids[..., 0])  # often
     byzantine = np.isin(ids, (1, 3))
-    flagged = rng.random(shape) < 0.3
-    flagged |= (ids % 2 == 1) & (np.arange(rounds) >= 4)[None, :, None]
+    # From round 5 on odd clients are excluded when they come; judged a last time then.
+    flagged, scores = np.zeros(shape, bool), rng.random(shape)
+    for s in range(seeds):
+        gone = set()
+        for r, i in itertools.product(range(rounds), range(cohort)):
+            client = ids[s, r, i]
+            if client in gone or rng.random() < 0.2:  # out, or not finite
+                flagged[s, r, i], scores[s, r, i] = True, np.inf
+            elif client % 2 and r >= 4:
+                gone.add(client)
+                flagged[s, r, i] = True
     evaluated = np.arange(1, rounds + 1) % every == 0
     values = np.where(evaluated[None, :, None], rng.random(shape), NAN)
     values[0, 3, 1] = NAN
@@ -192,6 +202,7 @@ def made(seed=0, seeds=2, rounds=9, cohort=3, clients=7, every=2):
             "client_ids": ids,
             "byzantine": byzantine,
             "flagged": flagged,
+            "scores": scores,
             "local": {"loss": values, "accuracy": 1 - values},
             "details": {},
             "defense": {},
@@ -212,28 +223,31 @@ def test_rejected_shares_are_for_good_or_of_the_whole_run():
     liar, out = history.byzantine, history.flagged
     wanted = [f"{100 * out[who].mean():.3g}%" for who in (liar, ~liar)]
     assert list(krum) == wanted
-    since, byzantine = mad_report.exclusions(history)
-    gone = [f"{100 * (since[who] > 0).mean():.3g}%" for who in (byzantine, ~byzantine)]
+    since, *kinds = mad_report.exclusions(history)
+    gone = [f"{100 * (since[who] > 0).mean():.3g}%" for who in kinds]
     assert list(mad) == gone != wanted
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_exclusions_equal_a_loop(seed):
     history = made(seed)
-    since, byzantine = mad_report.exclusions(history)
-    assert since.shape == byzantine.shape == (2, 7)
+    since, byzantine, honest = mad_report.exclusions(history)
+    assert since.shape == byzantine.shape == honest.shape
+    assert since.any()
+    assert (since == 0).any()
     for s, client in np.ndindex(since.shape):
-        when = 0
-        for r, i in itertools.product(range(9), range(3)):
-            if history.client_ids[s, r, i] == client:
-                if not history.flagged[s, r, i]:
-                    when = 0
-                elif when == 0:
-                    when = r + 1
-        assert since[s, client] == when
+        when = [
+            r + 1
+            for r, i in itertools.product(range(9), range(3))
+            if history.client_ids[s, r, i] == client
+            and history.flagged[s, r, i]
+            and np.isfinite(history.scores[s, r, i])
+        ]
+        assert since[s, client] == sum(when)
+        assert len(when) <= 1
         took_part = (history.client_ids[s] == client).any()
         assert byzantine[s, client] == (client in (1, 3) and took_part)
-    assert 0 < (since > 0).sum() < since.size
+        assert honest[s, client] == (client not in (1, 3) and took_part)
 
 
 @pytest.mark.parametrize("who", ["participants", "honest"])
@@ -268,6 +282,7 @@ def test_what_the_long_part_says_of_the_last_engagement():
     for cell in (early, late):
         values = mad_report.client_means(histories[cell.name], "accuracy", "honest")
         spans = {"before": values[:, 3:5], "from": values[:, 6:9]}
+        spans = {k: v[:, np.isfinite(v).all(axis=0)] for k, v in spans.items()}
         parts.append(f"engaged at {cell.start}: ")
         parts[-1] += ", ".join(
             f"{when} round 6 {v.mean():.3f} (spread {v.std(axis=1).mean():.3f})"
@@ -350,6 +365,10 @@ def changed(**options):
         (
             {"long_rounds": 9, "engage_long": (3, 10)},
             "--engage-long must be rounds from 1 to 9; got 10",
+        ),
+        (
+            {"mad": ("mad", "mad()")},
+            r"--mad repeats one of its values: \('mad', 'mad\(",
         ),
         *(
             ({"mad": ("mad", rule)}, rf"--mad takes mad and its options but start.*{n}")

@@ -142,11 +142,11 @@ def test_auc_of_several_labels_equals_all_pairs(decimals):
     )
 
 
-@pytest.mark.parametrize("classes", [2, 5])
-def test_auc_of_classes_ranks_by_log_odds(classes):
+@pytest.mark.parametrize(("classes", "scale"), [(2, 30), (5, 30), (3, 300), (5, 3000)])
+def test_auc_of_classes_ranks_by_log_odds(classes, scale):
     rng = np.random.default_rng(4)
-    # Confident outputs: probabilities of 1 - 1e-30 must not tie.
-    outputs = rng.normal(scale=30, size=(120, classes)).astype(np.float32)
+    # Confident outputs: probabilities of 1 - 1e-30, or nearer, must not tie.
+    outputs = rng.normal(scale=scale, size=(120, classes)).astype(np.float32)
     targets = rng.integers(0, classes, 120)
     outputs[np.arange(120), targets] += 20
     wide = outputs.astype(np.float64)

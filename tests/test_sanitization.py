@@ -131,6 +131,10 @@ def test_attackers_are_rounded_up():
     [
         (("--attackers", "0.95"), "--attackers 0.95 of 10 clients, rounded up, is all"),
         (("--attackers", "0"), r"--attackers must be a finite number in \(0, 1\)"),
+        (("--attackers", "0.25", "0.25000001"), "would be called 'label_flip"),
+        (("--poisons", "0.3"), r"--poisons needs ratios other than --poison, each onc"),
+        (("--poisons", "0.1", "0.1"), r"--poisons needs ratios other than --poison"),
+        (("--poisons", "0.30000001"), "would be called 'label_flip"),
         (("--poison", "0"), r"--poison and --poisons must be .* in \(0, 1\]; got 0"),
         (("--poison", "nan"), "--poison and --poisons must be a finite number"),
         (("--defenses", "krum", "krum"), "--defenses needs one value or more, each"),
@@ -140,6 +144,7 @@ def test_attackers_are_rounded_up():
         (("--source", "10"), "two different classes from 0 to 9"),
         (("--target", "10"), "badnets' target must be a class from 0 to 9"),
         (("--trigger", "9"), "square of 9 x 9 is larger than the images of 8 x 8"),
+        (("--clusters", "0"), "num_clusters must be an integer of at least 2; got 0"),
         (("--clusters", "1"), "num_clusters must be an integer of at least 2; got 1"),
         (("--clusters", "150"), "num_clusters=150, and a client with 144"),
         (("--model", "resnet"), "unknown model 'resnet'. Did you mean 'resnet18'"),

@@ -423,6 +423,10 @@ def local_clusters(
         clustering", ICML 2021.
     """
     X, mean = centred(A, mask)
+    # In a power of two near the largest entry, which rounds nothing: the power
+    # iteration has fourth powers in it.
+    unit = jnp.ldexp(jnp.ones((), X.dtype), jnp.frexp(jnp.abs(X).max())[1])
+    X, mean = X / unit, mean / unit
     h = X.shape[1]
     rank = min(num_clusters, h)
     block = min(num_clusters + _OVERSAMPLING, h)
@@ -441,7 +445,7 @@ def local_clusters(
     theta, labels = lloyd(X, mask, theta, max_steps)
     counts = one_hot(labels, mask, num_clusters).sum(axis=0, dtype=jnp.int32)
     apart = separation(start, X, mask, labels, theta)
-    return LocalClusters(theta + mean[None], counts, labels, apart)
+    return LocalClusters((theta + mean[None]) * unit, counts, labels, apart)
 
 
 @partial(jax.jit, static_argnames=("num_seeds",))

@@ -328,7 +328,13 @@ def in_batches(extract: Callable[[Array], Array], inputs: Array) -> Array:
     """
 
     def batch(x: Array) -> Array:
-        return extract(x).reshape(len(x), -1).astype(jnp.float32)
+        found = extract(x)
+        if found.shape[:1] != (len(x),):
+            raise ValueError(
+                f"features of {len(x)} samples must have as many rows; got shape "
+                f"{found.shape}."
+            )
+        return found.reshape(len(x), -1).astype(jnp.float32)
 
     m = len(inputs)
     count = -(-m // _BATCH)

@@ -169,6 +169,7 @@ def hold_out(
     """
     check_type("clients", clients, Clients, "Make them: fs.data.federate(...).")
     share = check_number("share", share, 0, 1)
+    seed = check_count("seed", seed, 0)
     mask = np.asarray(clients.mask)
     sizes = mask.sum(axis=1)
     num_held = np.rint(share * sizes).astype(int)

@@ -197,6 +197,17 @@ def test_local_clusters(seed):
         np.testing.assert_allclose(found.separation, expected.separation, rtol=1e-3)
 
 
+@pytest.mark.parametrize("power", [-40, 40, 58])
+def test_local_clusters_have_no_unit(power):
+    A, key, everybody = blobs(0, spread=0.3), jax.random.key(0), next(iter(masks(0)))
+    scale = np.float32(2.0) ** power
+    one = kfed.local_clusters(key, A, everybody, K)
+    other = kfed.local_clusters(key, A * scale, everybody, K)
+    np.testing.assert_array_equal(other.centers, one.centers * scale)
+    np.testing.assert_array_equal(other.labels, one.labels)
+    assert other.separation == one.separation
+
+
 def test_local_clusters_of_two_distinct_rows():
     A = blobs(0)[np.arange(M) % 2]
     found = kfed.local_clusters(KEY, A, everybody(A), K)
