@@ -475,8 +475,9 @@ def test_an_unwritable_folder_is_refused(tmp_path):
 
 
 def test_resume_on_other_data_is_refused(finished, tmp_path, monkeypatch):
+    make = fltrust_mnist.make_phases
     monkeypatch.setattr(
-        fltrust_mnist, "make_phases", lambda config: ([], "other pictures")
+        fltrust_mnist, "make_phases", lambda config: (make(config)[0], "other pictures")
     )
     with pytest.raises(ValueError, match=r"started on other data.*other pictures"):
         run(finished[0], resume=True)
