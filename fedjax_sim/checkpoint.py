@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from fedjax_sim.sharding import is_key
 from fedjax_sim.types import AnyArray, Params, PyTree
 
 KEEP = 2
@@ -50,7 +51,7 @@ def _on_device(x: AnyArray) -> jax.ShapeDtypeStruct:
 
 def _uncommitted(x: jax.Array) -> jax.Array:
     """The array, not bound to its device: programs are compiled anew for bound ones."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key(x):
         data = jnp.array(np.asarray(jax.random.key_data(x)))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jnp.array(np.asarray(x))

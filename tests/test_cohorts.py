@@ -14,6 +14,7 @@ from fedjax_sim import cohorts, training
 from fedjax_sim.checks import SAMPLE_COUNTS
 from fedjax_sim.state import DEFENSE, POISON, TRAIN, stream
 from fedjax_sim.types import ClientDefense, ClientInfo, Examples, RoundContext
+from tests.trees import assert_close, assert_equal
 
 N, M, K, L, ATTACKERS, ROUNDS = 6, 8, 5, 3, 2, 3
 SEEDS = (1, 2)  # in which one of EMPTY is an attacker
@@ -230,24 +231,6 @@ def gradient_descent(params, x, y, rate):
 
 def flat(params):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
-
-
-def assert_equal(a, b):
-    def same(x, y):
-        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
-
-    jax.tree.map(same, a, b)
-
-
-def assert_close(a, b):
-    def near(x, y):
-        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
-
-    jax.tree.map(near, a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,7 @@ from fedjax_sim.types import (
     UpdateAttack,
 )
 from tests.references import poisoned
+from tests.trees import assert_close, assert_equal
 
 N, M, L = 12, 6, 3
 
@@ -80,26 +81,6 @@ def four_systems(**options):
             aggregator=fs.aggregators.dual_system(max_byzantine=3), **attacked
         ),
     }
-
-
-def assert_equal(a, b):
-    def same(x, y):
-        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
-
-    jax.tree.map(same, a, b)
-
-
-def assert_close(a, b, **tolerance):
-    tolerance = {"rtol": 2e-5, "atol": 1e-6, **tolerance}
-
-    def near(x, y):
-        if jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, **tolerance)
-
-    jax.tree.map(near, a, b)
 
 
 def spy_rule(seen):
