@@ -97,8 +97,12 @@ bench-peers: .venv-byzfl/stamp .venv-flower/stamp
 
 # --- development -----------------------------------------------------------------------
 
+# The suite spends its time in the compiler; this way it generates plain code, faster
+# (docs/decisions.md, 24). CODE= tests what users run.
+CODE = JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(CODE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,31 +4,17 @@ import tempfile
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 
 import fedjax_sim as fs
 from fedjax_sim import checkpoint
+from tests.trees import assert_close
 
 
 def compared(found, wanted):
     """Every array of two histories or states, up to the rounding of a product."""
-    found, wanted = (
-        jax.tree.leaves(
-            jax.tree.map(
-                lambda x: (
-                    jax.random.key_data(x)
-                    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
-                    else x
-                ),
-                tree,
-            )
-        )
-        for tree in (found, wanted)
-    )
-    assert len(found) == len(wanted) > 0
-    for a, b in zip(found, wanted):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert len(jax.tree.leaves(wanted)) > 0
+    assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def main():
@@ -38,11 +24,13 @@ def main():
     clients, root = fs.data.federate(
         data, num_clients=21, partition=fs.data.dirichlet(1.0, min_size=10)
     )
+    clients, local_test = fs.data.hold_out(clients, 0.2)
     shared = {
         "model": fs.models.digits_cnn(),
         "clients": clients,
         "root": root,
         "test": data.test,
+        "local_test": local_test,
         "client_update": fs.local_sgd(optax.sgd(0.1), steps=3, batch_size=10),
         "cohort_size": 15,
     }
@@ -61,6 +49,13 @@ def main():
             "fltrust": fs.Simulation(aggregator=a.fltrust(), **own, **attacked),
             "fldetector": fs.Simulation(
                 aggregator=a.fldetector(start=1, window=2), **own, **backdoor
+            ),
+            # Clients that cluster their samples, and a test set of each.
+            "sanitization": fs.Simulation(
+                aggregator=a.fedavg(),
+                client_defense=fs.client_defenses.sanitization(3, start=1),
+                **own,
+                **backdoor,
             ),
         }
 
