@@ -286,6 +286,21 @@ def check_names(todo: list[Cell]) -> None:
         )
 
 
+def check_starts(config: Config) -> None:
+    """Checks that every sanitization begins within the run; for specs that are right.
+
+    Raises:
+        ValueError: one that does not.
+    """
+    for text in sanitizing(config):
+        start = specs.parse(text)[0].options.get("start", 0)
+        if start >= config.rounds:
+            raise ValueError(
+                f"--defenses {text}: start={start} is after the run, whose rounds are "
+                f"0 to {config.rounds - 1}. Take a smaller start or more --rounds."
+            )
+
+
 def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     """Loads the data and builds every system.
 
@@ -301,6 +316,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     partition = specs.make_partition(config.partition)
     for text in config.defenses:
         specs.make_defense(text, 0, 2 if config.clusters is None else config.clusters)
+    check_starts(config)
 
     data = fs.data.load(config.dataset, config.data_dir)
     clients, _ = fs.data.federate(

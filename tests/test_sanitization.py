@@ -141,6 +141,10 @@ def test_attackers_are_rounded_up():
         (("--defenses", "sanitisation"), "unknown aggregator 'sanitisation'"),
         (("--defenses", "sanitization(vote='me')"), "unknown vote of sanitization"),
         (("--defenses", "krum+sanitization"), "unknown aggregator 'sanitization'"),
+        (
+            ("--defenses", "sanitization(start=20)"),
+            "start=20 is after the run, .* 0 to 19",
+        ),
         (("--source", "10"), "two different classes from 0 to 9"),
         (("--target", "10"), "badnets' target must be a class from 0 to 9"),
         (("--trigger", "9"), "square of 9 x 9 is larger than the images of 8 x 8"),
