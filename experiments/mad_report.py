@@ -242,15 +242,16 @@ def _metrics_table(
             "specificity": np.asarray(history.class_specificity)[..., 1],
         }
         if cells[name].start is None:
-            liar = np.asarray(history.byzantine)
-            found = Exclusions(np.asarray(history.flagged), liar, ~liar)
+            out, byzantine = np.asarray(history.flagged), np.asarray(history.byzantine)
+            honest = ~byzantine
         else:
-            found = exclusions(history)
+            since, byzantine, honest = exclusions(history)
+            out = since > 0
         shares = ["-", "-"]
-        if found.since.any():
+        if out.any():
             shares = [
-                f"{100 * np.mean(found.since[who] > 0):.3g}%" if who.any() else "-"
-                for who in (found.byzantine, found.honest)
+                f"{100 * out[who].mean():.3g}%" if who.any() else "-"
+                for who in (byzantine, honest)
             ]
         values = [
             mean_and_spread(tail(np.asarray(v, float))) for v in measured.values()
