@@ -19,6 +19,10 @@ Array = jax.Array
 AnyArray = np.ndarray | jax.Array
 PyTree = Any
 Params = PyTree
+# ``(key, params) -> update``.
+Train = Callable[[Array, Params], Params]
+# Fields of a ``RoundContext`` that come from the server's root dataset.
+OF_THE_ROOT = frozenset({"root_update", "root_scores"})
 
 
 class Examples(NamedTuple):
@@ -36,6 +40,8 @@ class Dataset(NamedTuple):
 
     ``task`` is ``classification`` (one label a sample) or ``multilabel`` (any number of
     the ``L`` labels). ``val`` is the validation part, where the publisher has one.
+    ``owners``, ``int32 [s]``, says of every sample of ``train`` whose it is, by the
+    number of the client (such as the writer), where the data come divided.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Dataset(NamedTuple):
     licence: str
     task: str = "classification"
     val: Examples | None = None
+    owners: AnyArray | None = None
 
     @property
     def num_classes(self) -> int:
@@ -123,6 +130,8 @@ class RoundContext(NamedTuple):
             taken out of it by every rule.
         root_update: update of the server's own training on its root dataset, with the
             structure of ``params``.
+        root_scores: ``(params) -> (loss, error rate)`` of a model on the server's root
+            dataset, ``float32 []`` each.
         byzantine: ``bool [k]``, who is Byzantine. This and the following are given to
             attacks only: they are always None for an aggregator.
         aggregate: ``(updates) -> aggregate``, the server's real rule with its present
@@ -143,6 +152,7 @@ class RoundContext(NamedTuple):
     num_samples: Array | None = None
     mask: Array | None = None
     root_update: Params | None = None
+    root_scores: Callable[[Params], tuple[Array, Array]] | None = None
     byzantine: Array | None = None
     aggregate: Callable[[PyTree], PyTree] | None = None
     rank: Array | None = None
@@ -182,6 +192,10 @@ class Aggregator(NamedTuple):
             before any training and by a bare ``apply`` while tracing.
         needs: names of the ``RoundContext`` fields the rule cannot do without.
         name: as on the command line and in the results.
+        pretrain: of a rule that learns before its first round, ``(params, key, train)
+            -> state``, in place of ``init``, which refuses. ``train(key, params) ->
+            update`` is the server's own training on its root dataset, as long as for
+            ``root_update``.
     """
 
     init: Callable[[Params, int], PyTree]
@@ -191,6 +205,12 @@ class Aggregator(NamedTuple):
     validate: Callable[[int], None]
     needs: frozenset[str] = frozenset()
     name: str = "custom"
+    pretrain: Callable[[Params, Array, Train], PyTree] | None = None
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether it cannot do without the server's root dataset."""
+        return bool(self.needs & OF_THE_ROOT) or self.pretrain is not None
 
 
 class PreAggregator(NamedTuple):
@@ -247,6 +267,11 @@ class UpdateAttack(NamedTuple):
     needs: frozenset[str] = frozenset()
     name: str = "custom"
     strength: str = ""
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether it cannot do without the server's root dataset."""
+        return bool(self.needs & OF_THE_ROOT)
 
 
 class DataAttack(NamedTuple):

@@ -245,7 +245,8 @@ def apply_and_features(model, params, inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("cnn", 5 * 5 * 30), ("digits_cnn", 6 * 6 * 8)]
+    ("name", "size"),
+    [("cnn", 5 * 5 * 30), ("digits_cnn", 6 * 6 * 8), ("leaf_cnn", 6 * 6 * 32)],
 )
 def test_pooled_networks_and_their_features_by_definition(name, size):
     model = models.MODELS[name](input_shape=(12, 13, 2), num_classes=3)
@@ -253,7 +254,7 @@ def test_pooled_networks_and_their_features_by_definition(name, size):
     x = np.random.default_rng(1).integers(0, 256, (3, 12, 13, 2)).astype(np.uint8)
 
     def block(x, layer):
-        y = conv_reference(x, layer["kernel"], same=name == "digits_cnn")
+        y = conv_reference(x, layer["kernel"], same=name != "cnn")
         return pool_reference(relu(y + layer["bias"]))
 
     first = block(x / 255, params["Conv_0"])
@@ -266,6 +267,26 @@ def test_pooled_networks_and_their_features_by_definition(name, size):
     np.testing.assert_allclose(outputs, want, rtol=1e-4, atol=1e-3)
     assert features.shape == (3, size)
     np.testing.assert_allclose(features, first.reshape(3, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_leaf_cnn_has_the_layers_of_leafs():
+    model = models.leaf_cnn()
+    params, image = given(model)
+    shapes = {
+        "Conv_0": ((5, 5, 1, 32), (32,)),
+        "Conv_1": ((5, 5, 32, 64), (64,)),
+        "Dense_0": ((7 * 7 * 64, 2048), (2048,)),
+        "Dense_1": ((2048, 62), (62,)),
+    }
+    layers = {"Conv_0": params["Conv_0"], "Conv_1": params["Conv_1"], **params["head"]}
+    assert shapes == {
+        name: (layer["kernel"].shape, layer["bias"].shape)
+        for name, layer in layers.items()
+    }
+    assert jax.eval_shape(model.apply, params, image).shape == (1, 62)
+    assert jax.eval_shape(model.features, params, image).shape == (1, 14 * 14 * 32)
+    with pytest.raises(ValueError, match=r"at least 4 by 4.*mlp"):
+        models.leaf_cnn(input_shape=(3, 28, 1))
 
 
 def test_small_cnn_and_its_features_by_definition():

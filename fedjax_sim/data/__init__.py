@@ -5,6 +5,7 @@ from fedjax_sim.data.federation import clients_from_indices, federate, hold_out
 from fedjax_sim.data.partition import (
     PARTITIONS,
     Partition,
+    by_client,
     dirichlet,
     iid,
     label_bias,
@@ -15,6 +16,7 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "Partition",
+    "by_client",
     "clients_from_indices",
     "dirichlet",
     "federate",

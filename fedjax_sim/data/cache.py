@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,15 +55,17 @@ def read(name: str, key: str) -> Dataset | None:
     try:
         # The archive's CRC-32 of each array is compared as the array is read. Opened
         # here because np.load leaves a file open that is no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Dataset(
-                name=name,
-                train=Examples(arrays["train_inputs"], arrays["train_targets"]),
-                test=Examples(arrays["test_inputs"], arrays["test_targets"]),
-                class_names=tuple(arrays["class_names"].tolist()),
-                source=str(arrays["source"]),
-                licence=str(arrays["licence"]),
-            )
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        return Dataset(
+            name=name,
+            train=Examples(arrays["train_inputs"], arrays["train_targets"]),
+            test=Examples(arrays["test_inputs"], arrays["test_targets"]),
+            class_names=tuple(arrays["class_names"].tolist()),
+            source=str(arrays["source"]),
+            licence=str(arrays["licence"]),
+            owners=arrays.get("owners"),  # of data that come divided
+        )
     except Exception as error:  # damage shows in many ways, all with the same remedy
         warnings.warn(
             f"the decoded copy {path} is damaged ({type(error).__name__}: {error}); it "
@@ -75,6 +78,9 @@ def read(name: str, key: str) -> Dataset | None:
 def _write(dataset: Dataset, path: Path) -> None:
     # Renamed when complete, so that a killed or concurrent run leaves no partial copy.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    owners: dict[str, Any] = {}
+    if dataset.owners is not None:
+        owners["owners"] = dataset.owners
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -88,6 +94,7 @@ def _write(dataset: Dataset, path: Path) -> None:
                     class_names=np.array(dataset.class_names),
                     source=np.array(dataset.source),
                     licence=np.array(dataset.licence),
+                    **owners,
                 )
             partial.replace(path)
         finally:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fedjax_sim.data import images, medmnist, tabular, tfds
+from fedjax_sim.data import images, leaf, medmnist, tabular, tfds
 from fedjax_sim.data.sources import resolve_data_dir
 from fedjax_sim.registry import check_type, lookup
 from fedjax_sim.types import Dataset
@@ -15,6 +15,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "breast_cancer": tabular.breast_cancer,
     "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
+    "femnist": leaf.femnist,
     **{spec.name: functools.partial(medmnist.load, spec) for spec in medmnist.SETS},
 }
 
@@ -28,24 +29,27 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     every later load. Without a source, a decoded copy of the official files is used if
     there is one; otherwise the source is downloaded into ``data_dir`` and its checksums
     compared. A set of MedMNIST is read from ``medmnist/<name>.npz`` itself, without a
-    copy. ``Dataset.source`` says which source it was.
+    copy. ``femnist`` is read from the JSON files that LEAF's scripts make, in
+    ``leaf/femnist/train`` and ``test``, and cannot be downloaded. ``Dataset.source``
+    says which source it was.
 
     Args:
         name: ``digits`` (8x8) and ``breast_cancer`` (30 measurements), which come with
-            scikit-learn and need no files; ``mnist``, ``fashion_mnist``; of MedMNIST v2
-            ``pathmnist``, ``chestmnist`` (14 labels), ``dermamnist``, ``octmnist``,
-            ``pneumoniamnist``, ``retinamnist``,
-            ``breastmnist``, ``bloodmnist``, ``tissuemnist``, ``organamnist``,
-            ``organcmnist``, ``organsmnist``; or ``tfds:<name>[/<config>][:<version>]``
-            for any image-classification set of TensorFlow Datasets, such as
-            ``tfds:cifar10``.
+            scikit-learn and need no files; ``mnist``, ``fashion_mnist``; ``femnist``
+            (digits and letters, divided by writer); of MedMNIST v2 ``pathmnist``,
+            ``chestmnist`` (14 labels), ``dermamnist``, ``octmnist``,
+            ``pneumoniamnist``, ``retinamnist``, ``breastmnist``, ``bloodmnist``,
+            ``tissuemnist``, ``organamnist``, ``organcmnist``, ``organsmnist``; or
+            ``tfds:<name>[/<config>][:<version>]`` for any image-classification set of
+            TensorFlow Datasets, such as ``tfds:cifar10``.
         data_dir: folder with the sources; by default ``$FEDJAX_SIM_DATA``, else
             ``data`` in the user's cache folder. Decoded copies are never written to it.
 
     Returns:
         A ``Dataset`` with ``uint8 [s, height, width, channels]`` inputs (``float32 [s,
         30]`` of ``breast_cancer``) and ``int32 [s]`` targets, or ``int32 [s, L]`` of a
-        multilabel set. ``val`` is the validation part of a set of MedMNIST, else None.
+        multilabel set. ``val`` is the validation part of a set of MedMNIST, else None;
+        ``owners`` are the writers of ``femnist``, else None.
 
     Raises:
         TypeError: the name is no text.

@@ -28,7 +28,8 @@ def federate(
 
     Args:
         data: a classification data set, or a multilabel one with a partition that does
-            not look at labels (``iid``); only ``data.train`` is used.
+            not look at labels (``iid``); only ``data.train`` is used, and
+            ``data.owners`` by a partition that goes by owner (``by_client``).
         num_clients: ``N``.
         partition: how to divide, such as ``label_bias(0.5)``.
         root_size: samples of the server's root dataset; 0 for none.
@@ -44,8 +45,9 @@ def federate(
     Raises:
         TypeError: ``data`` or ``partition`` is something else, or a number no integer.
         ValueError: numbers that cannot be met (a root dataset larger than the data,
-            more clients than samples, a client left without samples), or a division
-            by class of data that have no one class a sample.
+            more clients than samples, a client left without samples), a division by
+            class of data that have no one class a sample, or by owner of data that do
+            not say whose their samples are.
 
     Example:
         >>> from fedjax_sim.data import label_bias, load
@@ -72,6 +74,7 @@ def federate(
             f"{data.name} with targets of shape {targets.shape}. Use iid() without "
             "root_bias, or clients_from_indices with a division of your own."
         )
+    divided_by = _owners(data) if partition.by_owner else targets
     num_clients = check_count("num_clients", num_clients, 1)
     if not 0 <= root_class < data.num_classes:
         raise ValueError(
@@ -88,7 +91,7 @@ def federate(
             "Lower num_clients."
         )
     owners = np.asarray(
-        partition.assign(partition_rng, targets[rows], num_clients, data.num_classes)
+        partition.assign(partition_rng, divided_by[rows], num_clients, data.num_classes)
     )
     if owners.shape != rows.shape or owners.min() < -1 or owners.max() >= num_clients:
         raise ValueError(
@@ -193,6 +196,24 @@ def hold_out(
     held_out = _table(rows[held], num_held)
     inputs, targets = clients.inputs, clients.targets
     return Clients(inputs, targets, *train), Clients(inputs, targets, *held_out)
+
+
+def _owners(data: Dataset) -> np.ndarray:
+    """Whose each training sample is, for a partition that goes by it."""
+    if data.owners is None:
+        raise ValueError(
+            f"{data.name} does not say whose its samples are (owners is None), so that "
+            "nothing can be divided by owner. Use iid(), dirichlet(alpha) or another "
+            "partition, or data that come divided, such as femnist."
+        )
+    owners, shape = np.asarray(data.owners), np.shape(data.train.targets)[:1]
+    if owners.shape != shape or not np.issubdtype(owners.dtype, np.integer):
+        raise ValueError(
+            f"owners of {data.name} must be integers of shape {shape}, one for each "
+            f"training sample; got shape {owners.shape} and type {owners.dtype}. Keep "
+            "the owners of the samples you keep."
+        )
+    return owners
 
 
 def _clients(

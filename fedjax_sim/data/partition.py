@@ -1,4 +1,4 @@
-"""Dividing samples among clients: who gets which sample, by label.
+"""Dividing samples among clients: who gets which sample, by label or by owner.
 
 A partition is a value, ``Partition(name, assign)``. ``assign`` gives every sample at
 most one client, as one array, so 100,000 clients cost no more than ten.
@@ -25,11 +25,14 @@ class Partition(NamedTuple):
             where the rule has no meaning for these numbers.
         by_class: whether the rule looks at the label of a sample. If not, it divides
             multilabel data too, with targets ``int [s, L]``.
+        by_owner: whether ``assign`` is given the owners of the samples, ``int [s]``, in
+            place of their targets; then only data with owners can be divided.
     """
 
     name: str
     assign: Callable[[np.random.Generator, np.ndarray, int, int], np.ndarray]
     by_class: bool = True
+    by_owner: bool = False
 
 
 def iid() -> Partition:
@@ -253,11 +256,61 @@ def label_bias(q: float) -> Partition:
     return Partition("label_bias", assign)
 
 
+def by_client(min_size: int = 10) -> Partition:
+    """Every client is one of the owners that the data come with, such as a writer.
+
+    Of the owners with at least ``min_size`` samples, ``num_clients`` are drawn
+    uniformly without replacement; each is a client with all its samples. The samples of
+    the other owners are left out. What the root dataset took counts for nobody.
+
+    Args:
+        min_size: smallest number of samples of a client.
+
+    Returns:
+        A ``Partition``. Its ``assign`` is given owners in place of targets; it raises
+        ValueError where fewer than ``num_clients`` owners have enough samples.
+
+    Raises:
+        ValueError: ``min_size < 1``.
+
+    Example:
+        >>> rng, owners = np.random.default_rng(0), np.array([7, 7, 3, 3, 3, 5, 2, 2])
+        >>> by_client(min_size=2).assign(rng, owners, 2, 62).tolist()
+        [1, 1, 0, 0, 0, -1, -1, -1]
+
+    References:
+        Caldas, Duddu, Wu, Li, Konečný, McMahan, Smith and Talwalkar, "LEAF: A Benchmark
+        for Federated Settings", arXiv:1812.01097, 2018.
+    """
+    min_size = check_count("by_client's min_size", min_size, 1)
+
+    def assign(
+        rng: np.random.Generator, owners: np.ndarray, num_clients: int, _: int
+    ) -> np.ndarray:
+        names, places, sizes = np.unique(
+            owners, return_inverse=True, return_counts=True
+        )
+        enough = np.flatnonzero(sizes >= min_size)
+        if len(enough) < num_clients:
+            raise ValueError(
+                "by_client needs num_clients owners with min_size samples or more; got "
+                f"num_clients={num_clients}, min_size={min_size} and {len(enough)} "
+                f"such owners (of {len(names)}). Lower one of them."
+            )
+        client_of = np.full(len(names), -1)
+        drawn = rng.choice(enough, num_clients, replace=False)
+        client_of[drawn] = np.arange(num_clients)
+        return client_of[places]
+
+    return Partition("by_client", assign, by_class=False, by_owner=True)
+
+
 PARTITIONS: dict[str, Callable[..., Partition]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "shards": shards,
     "label_bias": label_bias,
+    "by_client": by_client,
 }
 
 

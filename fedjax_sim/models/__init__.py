@@ -8,7 +8,7 @@ from fedjax_sim.models.model import (
     softmax_cross_entropy,
 )
 from fedjax_sim.models.resnet import resnet18
-from fedjax_sim.models.zoo import MODELS, cnn, digits_cnn, mlp, small_cnn
+from fedjax_sim.models.zoo import MODELS, cnn, digits_cnn, leaf_cnn, mlp, small_cnn
 
 __all__ = [
     "MODELS",
@@ -17,6 +17,7 @@ __all__ = [
     "cnn",
     "digits_cnn",
     "for_task",
+    "leaf_cnn",
     "max_pool",
     "mlp",
     "resnet18",

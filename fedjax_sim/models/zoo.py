@@ -15,6 +15,7 @@ class _CNN(nn.Module):
     hidden: tuple[int, ...]
     num_classes: int
     padding: str
+    kernel_size: tuple[int, int] = (3, 3)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -23,7 +24,7 @@ class _CNN(nn.Module):
             spare = layer < len(self.channels) - 1 and worth_spare(features)
             x = Conv(
                 features,
-                (3, 3),
+                self.kernel_size,
                 self.padding,
                 pool=True,
                 in_features=in_features,
@@ -99,6 +100,36 @@ def digits_cnn(
     """
     check_images("digits_cnn", input_shape, smallest=4, use="mlp")
     return _pooled(_CNN((8, 16), (), num_classes, "SAME"), input_shape)
+
+
+def leaf_cnn(
+    input_shape: tuple[int, ...] = (28, 28, 1), num_classes: int = 62
+) -> Model:
+    """LEAF's FEMNIST network: conv 32@5x5, pool, conv 64@5x5, pool, dense 2048 and L.
+
+    6,603,710 parameters for 28x28x1 images and 62 classes; "same" padding. Pixels are
+    divided by 255. Features: the first convolution after pooling and relu (14*14*32).
+
+    Args:
+        input_shape: (height, width, channels), at least 4 by 4.
+        num_classes: L.
+
+    Raises:
+        ValueError: images too small for two poolings.
+
+    Example:
+        >>> import jax
+        >>> params = jax.eval_shape(leaf_cnn().init, jax.random.key(0))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+        6603710
+
+    References:
+        Caldas, Duddu, Wu, Li, Konečný, McMahan, Smith, Talwalkar. LEAF: A Benchmark for
+        Federated Settings. arXiv:1812.01097, 2018. The layers are those of its code.
+    """
+    check_images("leaf_cnn", input_shape, smallest=4, use="mlp")
+    module = _CNN((32, 64), (2048,), num_classes, "SAME", kernel_size=(5, 5))
+    return _pooled(module, input_shape)
 
 
 def small_cnn(
@@ -182,6 +213,7 @@ def _then(finish: Callable[[Array], Array], model: Model) -> Model:
 MODELS: dict[str, Callable[..., Model]] = {
     "cnn": cnn,
     "digits_cnn": digits_cnn,
+    "leaf_cnn": leaf_cnn,
     "mlp": mlp,
     "resnet18": resnet18,
     "small_cnn": small_cnn,

@@ -26,7 +26,7 @@ def unreachable():
 
 
 def assert_equal(left, right):
-    for field in ("name", "class_names", "source", "licence", "task"):
+    for field in ("name", "class_names", "source", "licence", "task", "owners"):
         assert getattr(left, field) == getattr(right, field)
     for one, other in zip(
         left.train + left.test, right.train + right.test, strict=True
@@ -44,6 +44,25 @@ def test_decodes_once_for_each_key(cache_folder):
         "tfds_a_b-k1.npz"
     ]
     assert cache.read("tfds:a/b", "k2") is None
+
+
+def test_keeps_owners_where_there_are_any(cache_folder):
+    owners = np.arange(20, dtype=np.int32) // 3
+    divided = cache.cached("set", "k", lambda: make()._replace(owners=owners))
+    assert divided.owners is owners
+    copy = cache.cached("set", "k", unreachable)
+    np.testing.assert_array_equal(copy.owners, owners)
+    assert copy.owners.dtype == np.int32
+    # A set without has the copy it had before there were owners.
+    cache.cached("tfds:a/b", "k", make)
+    with np.load(cache.decoded_path("tfds:a/b", "k")) as arrays:
+        assert "owners" not in arrays
+    # One whose owners go by another name is damaged, not without owners.
+    path = cache.decoded_path("set", "k")
+    head, _, tail = path.read_bytes().rpartition(b"owners.npy")
+    path.write_bytes(head + b"owmers.npy" + tail)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert cache.read("set", "k") is None
 
 
 def flip(content):

@@ -7,6 +7,7 @@ import pytest
 
 from fedjax_sim.data import (
     Partition,
+    by_client,
     clients_from_indices,
     dirichlet,
     federate,
@@ -148,6 +149,74 @@ def test_refuses_targets_that_do_not_fit_the_task(labelled, task, targets):
         federate(data, 10, iid())
     assert f"task {task!r}" in str(caught.value)
     assert "clients_from_indices" in str(caught.value)
+
+
+class TestByOwner:
+    @pytest.fixture
+    def divided(self, labelled):
+        """Owner 100 + i has i samples, for i from 0 to 20, here and there."""
+        owners = np.repeat(np.arange(100, 121), np.arange(21)).astype(np.int32)
+        owners = np.random.default_rng(0).permutation(owners)
+        return labelled(210)._replace(owners=owners)
+
+    def test_clients_have_all_their_samples_but_those_of_the_root(self, divided):
+        clients, root = federate(divided, 5, by_client(), root_size=30, seed=2)
+        left = np.setdiff1d(np.arange(210), root.inputs[:, 0])
+        table, mask = np.asarray(clients.indices), np.asarray(clients.mask)
+        seen = set()
+        for rows, valid in zip(table, mask):
+            (owner,) = set(divided.owners[rows[valid]])
+            of_owner = left[divided.owners[left] == owner]
+            assert sorted(rows[valid]) == of_owner.tolist()
+            assert len(of_owner) >= 10
+            seen.add(owner)
+        assert len(seen) == 5
+
+    def test_assign_is_given_the_owners_of_what_is_left(self, divided):
+        given = []
+
+        def assign(rng, owners, num_clients, num_classes):
+            given.append(owners)
+            return np.arange(len(owners)) % num_clients
+
+        partition = Partition("mine", assign, by_owner=True)
+        clients, root = federate(divided, 3, partition, root_size=30)
+        (owners,) = given
+        rows = np.empty(180, int)  # in the order in which assign got them
+        for i in range(3):
+            rows[i::3] = np.asarray(clients.indices)[i]
+        np.testing.assert_array_equal(owners, divided.owners[rows])
+        assert not set(rows) & set(root.inputs[:, 0])
+
+    def test_too_few_owners(self, divided):
+        message = (
+            "num_clients=12, min_size=10 and 11 such owners \\(of 20\\). Lower one"
+        )
+        with pytest.raises(ValueError, match=message):
+            federate(divided, 12, by_client(), root_size=0)
+
+    def test_needs_owners(self, labelled):
+        message = r"labelled does not say whose its samples are.*Use iid\(\), dirichlet"
+        with pytest.raises(ValueError, match=message):
+            federate(labelled(100), 5, by_client())
+
+    @pytest.mark.parametrize(
+        "owners", [np.zeros(209, int), np.zeros((210, 1), int), np.zeros(210)]
+    )
+    def test_owners_are_checked(self, divided, owners):
+        message = (
+            r"owners of labelled must be integers of shape \(210,\), .*; got shape"
+        )
+        with pytest.raises(ValueError, match=message):
+            federate(divided._replace(owners=owners), 5, by_client())
+
+    def test_divides_multilabel_data(self, divided):
+        targets = np.zeros((210, 10), int)
+        train = divided.train._replace(targets=targets)
+        several = divided._replace(train=train, task="multilabel")
+        clients, _ = federate(several, 5, by_client(), root_size=30, seed=2)
+        single, _ = federate(divided, 5, by_client(), root_size=30, seed=2)
+        np.testing.assert_array_equal(clients.indices, single.indices)
 
 
 class TestMultilabel:

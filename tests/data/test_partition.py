@@ -3,14 +3,21 @@
 import numpy as np
 import pytest
 
-from fedjax_sim.data import PARTITIONS, dirichlet, iid, label_bias, shards
+from fedjax_sim.data import PARTITIONS, by_client, dirichlet, iid, label_bias, shards
 
 EVERY = {
     "iid": iid(),
     "dirichlet": dirichlet(1.0, min_size=5),
     "shards": shards(2),
     "label_bias": label_bias(0.5),
+    "by_client": by_client(),
 }
+
+
+def numbers_for(name, size):
+    """What a partition goes by: one of ten labels, or of thirty owners."""
+    count = 30 if EVERY[name].by_owner else 10
+    return np.random.default_rng(0).integers(0, count, size)
 
 
 def histograms(clients, targets, num_clients, num_classes):
@@ -39,7 +46,7 @@ def test_table_has_every_partition():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_same_seed_same_division(name):
-    targets = np.random.default_rng(0).integers(0, 10, 3000)
+    targets = numbers_for(name, 3000)
     first, again, other = (
         EVERY[name].assign(np.random.default_rng(seed), targets, 20, 10)
         for seed in (1, 1, 2)
@@ -50,15 +57,18 @@ def test_same_seed_same_division(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_assigns_every_sample_to_at_most_one_client_and_every_client_some(name):
-    targets = np.random.default_rng(0).integers(0, 10, 3001)
+    targets = numbers_for(name, 3001)
     clients = EVERY[name].assign(np.random.default_rng(1), targets, 20, 10)
     assert clients.shape == targets.shape
     assert set(np.unique(clients)) - {-1} == set(range(20))
-    left_over = int((clients == -1).sum())
-    assert left_over == (3001 % 40 if name == "shards" else 0)
+    left_over = {"shards": 3001 % 40}
+    if EVERY[name].by_owner:
+        whole = [(targets == i).sum() for i in np.unique(targets[clients >= 0])]
+        left_over[name] = 3001 - sum(whole)
+    assert (clients == -1).sum() == left_over.get(name, 0)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "by_client"])
 def test_does_not_follow_the_order_of_the_samples(name):
     """Within a class, early and late samples go to the same clients alike."""
     targets = np.tile(np.arange(10), 2000)
@@ -242,3 +252,54 @@ class TestLabelBias:
             label_bias(0.5).assign(
                 np.random.default_rng(0), np.zeros(100, int), num_clients, num_classes
             )
+
+
+class TestByClient:
+    # Owner i of these has i samples.
+    owners = np.random.default_rng(0).permutation(np.repeat(np.arange(40), range(40)))
+
+    def test_a_client_is_one_owner_with_all_samples(self):
+        clients = by_client(min_size=7).assign(
+            np.random.default_rng(1), self.owners, 20, 62
+        )
+        chosen = [np.unique(self.owners[clients == i]) for i in range(20)]
+        assert [len(owner) for owner in chosen] == [1] * 20
+        assert len(np.unique(chosen)) == 20
+        assert np.min(chosen) >= 7
+        np.testing.assert_array_equal(np.bincount(clients + 1)[1:], np.ravel(chosen))
+
+    def test_all_who_have_enough_are_drawn_alike(self):
+        times = np.zeros(40, int)
+        for seed in range(400):
+            clients = by_client(min_size=20).assign(
+                np.random.default_rng(seed), self.owners, 5, 62
+            )
+            times[np.unique(self.owners[clients >= 0])] += 1
+        assert times[:20].sum() == 0
+        assert chi_square(times[20:], 400 * 5 / 20) < 19 + 5 * np.sqrt(38)
+
+    def test_every_place_is_drawn_alike(self):
+        """Client 0 is not the owner with the lowest number."""
+        first = [
+            self.owners[
+                by_client(30).assign(np.random.default_rng(seed), self.owners, 10, 62)
+                == 0
+            ][0]
+            for seed in range(300)
+        ]
+        assert chi_square(np.bincount(first, minlength=40)[30:], 30) < 9 + 5 * 4.3
+
+    def test_as_many_as_there_are(self):
+        clients = by_client(30).assign(np.random.default_rng(0), self.owners, 10, 62)
+        assert set(self.owners[clients >= 0]) == set(range(30, 40))
+        message = (
+            r"num_clients=11, min_size=30 and 10 such owners \(of 39\)\. Lower one"
+        )
+        with pytest.raises(ValueError, match=message):
+            by_client(30).assign(np.random.default_rng(0), self.owners, 11, 62)
+
+    @pytest.mark.parametrize("min_size", [0, -3, 2.5, True])
+    def test_refuses_min_size(self, min_size):
+        error = ValueError if type(min_size) is int else TypeError
+        with pytest.raises(error, match="by_client's min_size must be an integer"):
+            by_client(min_size)
