@@ -294,10 +294,9 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     rules = {name: specs.make_aggregator(name, f) for name in config.aggregators}
     for rule in rules.values():
         rule.validate(runner.cohort_size(config))
-    needs = [rule.needs for rule in rules.values()]
+    needs_root = any(rule.needs_root for rule in rules.values())
     if attack.on_updates is not None:
-        needs.append(attack.on_updates.needs)
-    needs_root = any("root_update" in names for names in needs)
+        needs_root |= attack.on_updates.needs_root
     if needs_root and config.root_size < config.batch_size:
         raise ValueError(
             f"--root-size must be at least --batch-size ({config.batch_size}) for "

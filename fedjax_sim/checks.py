@@ -289,7 +289,7 @@ def check_root(sim: "Simulation") -> None:
         ValueError: it is missing, or smaller than a batch.
     """
     if sim.root is None:
-        if "root_update" in sim.needs:
+        if sim.needs_root:
             raise ValueError(
                 f"{sim.aggregator.name} needs a root dataset; got root=None. Pass "
                 "root=, from fs.data.federate(..., root_size=100)."
@@ -331,7 +331,7 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             )
 
     def one_round(key: jax.Array) -> None:
-        params = sim.model.init(key)
+        params, zero = sim.model.init(key), jnp.zeros(())
         updates = jax.tree.map(
             lambda p: jnp.broadcast_to(p, (cohort, *p.shape)), params
         )
@@ -345,6 +345,7 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             num_samples=jnp.ones(cohort),
             mask=jnp.ones(cohort, bool),
             root_update=params if sim.root is not None else None,
+            root_scores=None if sim.root is None else lambda params: (zero, zero),
             byzantine=jnp.zeros(cohort, bool),
         )
         if sim.attack is not None:
@@ -359,7 +360,10 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             _check_like(f"{who}: state", attacked[1], state)
         who = f"the aggregator {sim.aggregator.name}"
         with _blamed(who):
-            state = sim.aggregator.init(params, sim.num_clients)
+            if sim.aggregator.pretrain is None:
+                state = sim.aggregator.init(params, sim.num_clients)
+            else:
+                state = sim.aggregator.pretrain(params, key, lambda key, w: w)
             out: Any = sim.aggregator.apply(
                 updates, state, context._replace(byzantine=None)
             )

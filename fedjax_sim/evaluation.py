@@ -87,6 +87,20 @@ def make_evaluator(model: Model, num_devices: int) -> Any:
     return evaluate
 
 
+def make_root_scores(
+    model: Model, root: Clients
+) -> Callable[[Params], tuple[Array, Array]]:
+    """``params -> (loss, error rate)`` on the root dataset, on one device."""
+    predict = in_batches(lambda params, x, y: model.apply(params, x), 1)
+
+    def scores(params: Params) -> tuple[Array, Array]:
+        outputs = predict(params, root)
+        loss = model.loss(outputs, root.targets).mean()
+        return loss, 1.0 - metrics.accuracy(outputs, root.targets)
+
+    return scores
+
+
 def make_success(model: Model, trigger: Trigger, num_devices: int) -> Any:
     """``(params, test) -> attack success``."""
 

@@ -5,6 +5,7 @@ times slower than these few dozen row-wise ``minimum`` and ``maximum`` calls.
 Rows must hold no NaN: callers pass what ``pytrees.participants`` returns.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -44,7 +45,6 @@ def sort_clients(U: Array) -> Array:
     return map_columns(lambda block, _: (_sort_rows(block), ()), U)[0]
 
 
-@jax.jit
 def mean_of_ranks(
     U: Array, mask: Array, first: Array | int, last: Array | int
 ) -> tuple[Array, Array]:
@@ -72,7 +72,36 @@ def mean_of_ranks(
         >>> values.tolist(), shares.tolist()
         ([2.0, 6.0], [0.0, 0.5, 0.5])
     """
-    num_rows, num_columns = U.shape
+    means, supplied, _ = _of_ranks(U, mask, first, last, moved=False)
+    return means, supplied / jnp.maximum(supplied.sum(), 1.0)
+
+
+def supplied_where_moved(
+    U: Array, mask: Array, first: Array | int, last: Array | int
+) -> tuple[Array, Array, Array]:
+    """As ``mean_of_ranks``, counting only the columns whose mean is not 0.
+
+    Returns:
+        The means ``[d]``; ``[n]``, how many kept values each client supplied in these
+        columns, a part of one where it shares it; and the number of these columns,
+        ``float32 []``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> U = jnp.array([[1.0, 9.0, 0.0], [2.0, 5.0, 0.0], [3.0, 6.0, 0.0]])
+        >>> _, supplied, columns = supplied_where_moved(U, jnp.ones(3, bool), 1, 1)
+        >>> supplied.tolist(), columns.item()
+        ([0.0, 1.0, 1.0], 2.0)
+    """
+    return _of_ranks(U, mask, first, last, moved=True)
+
+
+@functools.partial(jax.jit, static_argnames="moved")
+def _of_ranks(
+    U: Array, mask: Array, first: Array | int, last: Array | int, moved: bool
+) -> tuple[Array, Array, Array]:
+    """Means, values supplied, and columns counted: all, or those that ``moved``."""
+    num_rows = len(U)
     rank = jnp.arange(num_rows)
     ranked = rank < mask.sum()
     kept = ranked & (rank >= first) & (rank <= last)
@@ -81,13 +110,14 @@ def mean_of_ranks(
     first = jnp.clip(first, 0, num_rows - 1)
     last = jnp.clip(last, 0, num_rows - 1)
 
-    def one_block(block: Array, fresh: Array) -> tuple[Array, Array]:
+    def one_block(block: Array, fresh: Array) -> tuple[Array, tuple[Array, Array]]:
         ordered = _sort_rows(jnp.where(mask[:, None], block, jnp.inf))
         mean = jnp.where(kept[:, None], ordered, 0.0).sum(axis=0) / num_kept
 
         low, high = ordered[first], ordered[last]
+        counted = fresh & (mean != 0.0) if moved else fresh
         inside = (block >= low[None]) & (block <= high[None])
-        inside &= mask[:, None] & fresh[None]
+        inside &= mask[:, None] & counted[None]
 
         def tied(value: Array) -> Array:
             """The part of the ties at ``value`` that is kept, between 0 and 1."""
@@ -108,11 +138,60 @@ def mean_of_ranks(
         cut = (first > 0) & (ordered[before] == low)
         cut |= (last + 1 < mask.sum()) & (ordered[after] == high)
         # Hardly ever is one of several equal values kept and another one not.
-        return mean, jax.lax.cond(cut.any(), shared, whole)
+        supplied = jax.lax.cond(cut.any(), shared, whole)
+        return mean, (supplied, jnp.where(counted, 1.0, 0.0).sum())
 
-    means, supplied = map_columns(one_block, U)
-    total = jnp.maximum(num_columns, 1) * num_kept
-    return means, jnp.where(kept.any(), supplied / total, 0.0)
+    means, (supplied, columns) = map_columns(one_block, U)
+    return means, jnp.where(kept.any(), supplied, 0.0), columns
+
+
+@jax.jit
+def means_without_each(
+    U: Array, mask: Array, first: Array | int, last: Array | int
+) -> Array:
+    """For each row the means of ``mean_of_ranks`` over all the other participants.
+
+    Sorting once serves all rows. Among the others, ranks ``first`` to ``last`` are the
+    values of rank ``first`` to ``last + 1`` among all, without the row's own or, where
+    that lies outside of them, without the nearest.
+
+    Args:
+        U: float ``[n, d]`` without NaN.
+        mask: ``bool [n]``, the rows that are ranked.
+        first: lowest rank kept, an integer that may be traced.
+        last: highest rank kept, inclusive, of one participant fewer.
+
+    Returns:
+        ``[n, d]``, zero if no rank is kept; of rows that take no part it may be
+        anything.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> U = jnp.array([[1.0], [2.0], [6.0], [9.0]])
+        >>> means_without_each(U, jnp.ones(4, bool), first=1, last=1).tolist()
+        [[6.0], [6.0], [2.0], [2.0]]
+    """
+    num_rows = len(U)
+    rank = jnp.arange(num_rows)
+    # The ranks there are among the others.
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, mask.sum() - 2)
+    count = jnp.maximum(last - first + 1, 0)
+    between = (rank > first) & (rank <= last)
+    low_rank = jnp.clip(first, 0, num_rows - 1)
+    high_rank = jnp.clip(last + 1, 0, num_rows - 1)
+
+    def one_block(block: Array, fresh: Array) -> tuple[Array, tuple[()]]:
+        ordered = _sort_rows(jnp.where(mask[:, None], block, jnp.inf))
+        inner = jnp.where(between[:, None], ordered, 0.0).sum(axis=0)[None]
+        low, high = ordered[low_rank][None], ordered[high_rank][None]
+        total = jnp.where(
+            block <= low,
+            inner + high,
+            jnp.where(block >= high, inner + low, (inner - block) + (low + high)),
+        )
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), 0.0), ()
+
+    return map_columns(one_block, U)[0]
 
 
 @jax.jit

@@ -22,6 +22,7 @@ import rich.box
 import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 Histories = Mapping[str, Any]
@@ -255,6 +256,141 @@ def client_plot(
         )
         if title is not None:
             panels[0].set_title(title)
+        return _save(figure, path)
+
+
+def score_plot(
+    histories: Histories,
+    at: int,
+    field: str = "scores",
+    path: str | Path | None = None,
+    title: str | None = None,
+) -> Figure:
+    """What rules think of each client in one round: a panel per rule, a bar per client.
+
+    Byzantine clients stand on the left, in a colour of their own; within either group
+    clients are ordered by id.
+
+    Args:
+        histories: system name to history of one seed.
+        at: the round, from 1.
+        field: ``scores``, or a name in ``history.details``, such as ``index``. A value
+            that is not finite has no bar.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the first panel.
+
+    Returns:
+        The figure, one paper column wide, 200 dpi.
+
+    Raises:
+        ValueError: no history, one of several seeds, one without that round, or without
+            the field.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> history = SimpleNamespace(
+        ...     round=[1, 2], client_ids=np.array([[0, 1], [0, 1]]),
+        ...     byzantine=np.array([[False, True], [False, True]]),
+        ...     scores=np.array([[0.1, 0.9], [0.2, 0.8]]), details={})
+        >>> figure = score_plot({"pdrr": history}, at=2)
+        >>> [float(bar.get_height()) for bar in figure.axes[0].patches]
+        [0.8, 0.2]
+    """
+    _check_any(histories)
+    with mpl.rc_context(STYLE):
+        height = 0.45 + 0.85 * len(histories)
+        figure = NotebookFigure(figsize=(COLUMN, height), dpi=200, layout="constrained")
+        panels = figure.subplots(len(histories), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, history) in zip(panels, histories.items(), strict=True):
+            rounds = np.asarray(history.round)
+            if rounds.ndim != 1 or at not in rounds:
+                raise ValueError(
+                    f"score_plot draws a round of one seed; {name!r} has round of shape "
+                    f"{rounds.shape}, and was asked for round {at}."
+                )
+            row = int(np.flatnonzero(rounds == at)[0])
+            values = history.details.get(field, getattr(history, field, None))
+            if np.shape(values) != np.shape(history.client_ids):
+                raise ValueError(
+                    f"score_plot finds no {field!r} in the history of {name!r}; its "
+                    f"details are {', '.join(history.details) or 'none'}."
+                )
+            liar = np.asarray(history.byzantine)[row]
+            order = np.lexsort((np.asarray(history.client_ids)[row], ~liar))
+            heights = np.asarray(values, float)[row][order]
+            places = np.arange(1, len(order) + 1)
+            shown = np.isfinite(heights)
+            axes.bar(
+                places[shown],
+                heights[shown],
+                width=0.8,
+                color=[COLOURS[int(x)] for x in liar[order][shown]],
+            )
+            axes.grid(visible=False, axis="x")
+            axes.set_title(name, loc="left", pad=2)
+        panels[-1].set_xlabel("client, the Byzantine ones first")
+        colours = [Patch(color=COLOURS[i]) for i in (0, 1)]
+        figure.set_figheight(figure.get_figheight() + 0.16)
+        names = ["honest client", "Byzantine client"]
+        figure.legend(colours, names, loc="outside lower center", ncols=2)
+        if title is not None:
+            figure.suptitle(title, fontsize=8)
+        return _save(figure, path)
+
+
+def range_plot(
+    ranges: Mapping[str, tuple[Any, Any, Any]],
+    label: str,
+    path: str | Path | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Ranges of a number by round, side by side for each name: floating bars.
+
+    Args:
+        ranges: name to ``(rounds [R], low [R], high [R])``, the same rounds for all.
+            Where ``low`` is not below ``high``, or either is not finite, there is no
+            bar.
+        label: what the number is.
+        path: where to save the figure as well; the suffix decides the format.
+        title: above the axes.
+
+    Returns:
+        The figure, one paper column wide, 200 dpi.
+
+    Raises:
+        ValueError: nothing to draw, or rounds that differ.
+
+    Example:
+        >>> figure = range_plot({"full": ([1, 50], [0.2, 0.3], [1.0, 0.9])}, "q")
+        >>> [round(float(bar.get_height()), 1) for bar in figure.axes[0].patches]
+        [0.8, 0.6]
+    """
+    if not ranges:
+        raise ValueError("range_plot needs at least one name; got none.")
+    rounds = [list(map(int, at)) for at, _, _ in ranges.values()]
+    if any(at != rounds[0] for at in rounds):
+        raise ValueError(f"range_plot needs the same rounds for all; got {rounds}.")
+    with mpl.rc_context(STYLE):
+        figure = NotebookFigure(figsize=(COLUMN, 2.0), dpi=200, layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / len(ranges)
+        for index, (name, (_, low, high)) in enumerate(ranges.items()):
+            low, high = np.asarray(low, float), np.asarray(high, float)
+            there = np.isfinite(low) & np.isfinite(high) & (low < high)
+            places = np.arange(len(low)) + (index - (len(ranges) - 1) / 2) * width
+            axes.bar(
+                places[there],
+                (high - low)[there],
+                bottom=low[there],
+                width=0.85 * width,
+                color=COLOURS[index % len(COLOURS)],
+                label=name,
+            )
+        axes.set_xticks(range(len(rounds[0])), [str(at) for at in rounds[0]])
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel("communication round")
+        axes.set_ylabel(label)
+        _finish(figure, axes, title)
         return _save(figure, path)
 
 

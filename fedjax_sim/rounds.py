@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.cohorts import Defended, defend_cohorts
-from fedjax_sim.evaluation import evaluate_clients, evaluate_systems
+from fedjax_sim.evaluation import (
+    evaluate_clients,
+    evaluate_systems,
+    make_root_scores,
+)
 from fedjax_sim.metrics import detection
 from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
 from fedjax_sim.sharding import share_out
@@ -58,6 +62,7 @@ def finish_round(
     trained: Trained,
     defended: Defended | None,
     root_update: Array | None,
+    root: Clients | None,
 ) -> tuple[RoundState, History]:
     """Attack, aggregation, server step and the round's metrics of one system."""
     ids, rows, client_states, info, samples = trained
@@ -77,6 +82,7 @@ def finish_round(
         num_samples=sizes.astype(jnp.float32),
         mask=None if defended is None else sizes > 0,
         root_update=None if root_update is None else unravel(root_update),
+        root_scores=None if root is None else make_root_scores(sim.model, root),
         byzantine=byzantine,
     )
     attack_state = state.attack
@@ -163,8 +169,15 @@ def play_round(
     finished = share_out(
         {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
         {
-            n: (states[n], arrays.clients, trained[n], defended.get(n), roots.get(n))
-            for n in sims
+            n: (
+                states[n],
+                arrays.clients,
+                trained[n],
+                defended.get(n),
+                roots.get(n),
+                arrays.root if "root_scores" in sim.needs else None,
+            )
+            for n, sim in sims.items()
         },
         next(iter(sims.values())).num_devices,
     )

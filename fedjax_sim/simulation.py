@@ -14,7 +14,7 @@ from fedjax_sim import checks, rounds
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
 from fedjax_sim.sharding import replicate
-from fedjax_sim.state import INIT, Arrays, History, RoundState, fresh_state
+from fedjax_sim.state import INIT, Arrays, History, RoundState, fresh_states
 from fedjax_sim.types import (
     Aggregator,
     Array,
@@ -166,6 +166,12 @@ class Simulation:
         attack = self.attack.needs if self.attack is not None else frozenset()
         return self.aggregator.needs | attack
 
+    @property
+    def needs_root(self) -> bool:
+        """Whether rule or attack cannot do without the server's root dataset."""
+        by_attack = self.attack is not None and self.attack.needs_root
+        return by_attack or self.aggregator.needs_root
+
     @functools.cached_property
     def num_classes(self) -> int:
         """Outputs of the model, one a class."""
@@ -196,8 +202,10 @@ class Simulation:
         belonged to the other rule, attack, optimizer and clients starts afresh.
         """
 
+        name, root = self.aggregator.name, self.alone.arrays.root
+
         def one(params: Params, key: Array, round: Array) -> RoundState:
-            return fresh_state(self, params, key, round)
+            return fresh_states({name: self}, params, key, round, root)[name]
 
         one = jax.vmap(one) if state.key.ndim else one
         return jax.jit(one)(state.params, state.key, state.round)
@@ -289,9 +297,7 @@ class Comparison:
                         f"differ in {field}. Pass the same object, or run them apart."
                     )
         roots = {
-            (id(s.root), s.root_steps)
-            for s in self.systems.values()
-            if "root_update" in s.needs
+            (id(s.root), s.root_steps) for s in self.systems.values() if s.needs_root
         }
         if len(roots) > 1:
             raise ValueError(
@@ -304,9 +310,7 @@ class Comparison:
         """The data, on every device of the run."""
         first = next(iter(self.systems.values()))
         roots = [
-            s.root
-            for s in self.systems.values()
-            if "root_update" in s.needs and s.root is not None
+            s.root for s in self.systems.values() if s.needs_root and s.root is not None
         ]
         root = None
         if roots:
@@ -328,17 +332,21 @@ class Comparison:
 
     @functools.cached_property
     def _fresh(self) -> "jax.stages.Wrapped":
-        """``(params, key)`` -> every system's state before round 0."""
+        """``(params, key, root)`` -> every system's state before round 0."""
 
-        def fresh(params: Params, key: Array) -> dict[str, RoundState]:
+        def fresh(
+            params: Params, key: Array, root: Clients | None
+        ) -> dict[str, RoundState]:
             zero = jnp.zeros((), jnp.int32)
-            return {
-                n: fresh_state(s, params, key, zero) for n, s in self.systems.items()
-            }
+            return fresh_states(self.systems, params, key, zero, root)
 
-        return jax.jit(
-            lambda params, key: (jax.vmap(fresh) if key.ndim else fresh)(params, key)
-        )
+        def of_seeds(
+            params: Params, key: Array, root: Clients | None
+        ) -> dict[str, RoundState]:
+            each = jax.vmap(fresh, in_axes=(0, 0, None)) if key.ndim else fresh
+            return each(params, key, root)
+
+        return jax.jit(of_seeds)
 
     @functools.cached_property
     def _scan(self) -> "jax.stages.Wrapped":
@@ -393,7 +401,7 @@ class Comparison:
             if key.ndim
             else (draw, jax.random.fold_in)
         )
-        return self._fresh(draw(fold(key, INIT)), key)
+        return self._fresh(draw(fold(key, INIT)), key, self.arrays.root)
 
     def lower(
         self,
@@ -491,6 +499,7 @@ class Comparison:
                 f"states are of {sorted(states)}, but the systems are "
                 f"{sorted(self.systems)}."
             )
+        _ = self.arrays  # made here, and not while tracing below
         expected = jax.eval_shape(self.init, next(iter(states.values())).key)
         for name, state in states.items():
             want, got = (

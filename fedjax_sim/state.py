@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.pytrees import along
-from fedjax_sim.types import AnyArray, Array, Clients, ClientUpdate, Params, PyTree
+from fedjax_sim.types import (
+    AnyArray,
+    Array,
+    Clients,
+    ClientUpdate,
+    Params,
+    PyTree,
+    Train,
+)
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
 
 # Streams of a run's key. Adding one at the end leaves earlier results as they are.
 INIT, BYZANTINE, COHORT, TRAIN, POISON, ATTACK, AGGREGATE, ROOT, DEFENSE = range(9)
+PRETRAIN = 9
 
 
 class RoundState(NamedTuple):
@@ -121,10 +130,50 @@ def stream(state: RoundState, which: int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, which), state.round)
 
 
-def fresh_state(
-    sim: "Simulation", params: Params, key: Array, round: Array
+def fresh_states(
+    sims: Mapping[str, "Simulation"],
+    params: Params,
+    key: Array,
+    round: Array,
+    root: Clients | None,
+) -> dict[str, RoundState]:
+    """Every system's state with these parameters and nothing remembered.
+
+    Rules that learn before their first round do so, each once for all its systems.
+    """
+    learned: dict[Any, PyTree] = {}
+    for sim in sims.values():
+        pretrain = sim.aggregator.pretrain
+        if pretrain is not None and pretrain not in learned:
+            assert root is not None, "checked by Simulation"
+            own_key = jax.random.fold_in(key, PRETRAIN)
+            learned[pretrain] = pretrain(params, own_key, root_training(sim, root))
+    return {
+        name: _fresh_state(sim, params, key, round, learned)
+        for name, sim in sims.items()
+    }
+
+
+def root_training(sim: "Simulation", root: Clients) -> Train:
+    """The server's own training on its root dataset, as long as for a root update."""
+    assert sim.root_steps is not None, "set by Simulation where there is a root"
+    update = sim.client_update.with_steps(sim.root_steps)
+    data = root.gather(jnp.int32(0))._replace(mask=None)
+
+    def train(key: Array, params: Params) -> Params:
+        own, zero = update.init(params), jnp.int32(0)
+        return update.apply(sim.model, key, params, data, own, zero)[0]
+
+    return train
+
+
+def _fresh_state(
+    sim: "Simulation",
+    params: Params,
+    key: Array,
+    round: Array,
+    learned: Mapping[Any, PyTree],
 ) -> RoundState:
-    """A state with these parameters and nothing remembered."""
     byzantine = jax.random.permutation(
         jax.random.fold_in(key, BYZANTINE),
         jnp.arange(sim.num_clients) < sim.num_byzantine,
@@ -151,7 +200,11 @@ def fresh_state(
         params=params,
         previous_params=params,
         previous_aggregate=jax.tree.map(jnp.zeros_like, params),
-        aggregator=sim.aggregator.init(params, sim.num_clients),
+        aggregator=(
+            sim.aggregator.init(params, sim.num_clients)
+            if sim.aggregator.pretrain is None
+            else learned[sim.aggregator.pretrain]
+        ),
         attack=attack,
         defense=defense,
         optimizer=sim.server_optimizer.init(params),

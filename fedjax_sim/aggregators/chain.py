@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import weighted_sum
-from fedjax_sim.pytrees import participants, ravel
+from fedjax_sim.pytrees import participants, ravel, ravel_clients
 from fedjax_sim.registry import check_type
 from fedjax_sim.types import (
     Aggregator,
@@ -16,6 +16,7 @@ from fedjax_sim.types import (
     PreAggregator,
     PyTree,
     RoundContext,
+    Train,
 )
 
 
@@ -73,6 +74,13 @@ def chain(*steps: PreAggregator | Aggregator) -> Aggregator:
     def init(params: Params, num_clients: int) -> PyTree:
         return rule.init(ravel(params), num_clients)
 
+    def pretrain(params: Params, key: Array, train: Train) -> PyTree:
+        def train_flat(key: Array, vector: Array) -> Array:
+            return ravel(train(key, _like(params, vector)))
+
+        assert rule.pretrain is not None
+        return rule.pretrain(ravel(params), key, train_flat)
+
     def validate(cohort_size: int) -> None:
         num_rows = cohort_size
         for i, step in enumerate(steps, start=1):
@@ -105,7 +113,8 @@ def chain(*steps: PreAggregator | Aggregator) -> Aggregator:
         return unravel(aggregate), state, _of_clients(info, shares)
 
     needs = frozenset[str]().union(*(step.needs for step in steps))
-    return Aggregator(init, apply, validate, needs, name)
+    learns = None if rule.pretrain is None else pretrain
+    return Aggregator(init, apply, validate, needs, name, learns)
 
 
 def _checked(steps: tuple) -> tuple:
@@ -138,6 +147,8 @@ def _remembers_clients(rule: Aggregator) -> bool:
     """Whether the rule knows its rows by client: by id, or by a memory of all N."""
 
     def memory(num_clients: int) -> list[tuple[int, ...]]:
+        if rule.pretrain is not None:  # of what a server trains alone
+            return []
         state = jax.eval_shape(lambda: rule.init(jnp.zeros(1), num_clients))
         return [leaf.shape for leaf in jax.tree.leaves(state)]
 
@@ -151,7 +162,16 @@ def _flat(context: RoundContext) -> RoundContext:
     for field in fields:
         tree = getattr(context, field)
         vectors[field] = None if tree is None else ravel(tree)
+    params, scores = context.params, context.root_scores
+    if scores is not None and params is not None:
+        vectors["root_scores"] = lambda vector: scores(_like(params, vector))
     return context._replace(**vectors)
+
+
+def _like(params: Params, vector: Array) -> Params:
+    """The vector ``[d]`` in the structure of the parameters."""
+    _, unravel = ravel_clients(jax.tree.map(lambda p: jnp.asarray(p)[None], params))
+    return unravel(vector)
 
 
 def _with_key(seen: RoundContext, context: RoundContext, step: int) -> RoundContext:
