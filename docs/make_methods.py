@@ -74,6 +74,8 @@ USUAL = {
 }
 NEEDS = {
     "root_update": "root data",
+    "root_scores": "root data",
+    "pretrain": "root data, pre-training",
     "key": "randomness",
     "aggregate": "tries the rule",
     "features": "the model's shallow features",
@@ -166,6 +168,12 @@ def state(init: Callable[[], Any]) -> str:
     return ", ".join(sorted(set(words), key=words.index)) or "-"
 
 
+def state_of(rule: fs.types.Aggregator) -> str:
+    if rule.pretrain is not None:
+        return "what it learned"
+    return state(lambda: rule.init(jnp.zeros(D), N))
+
+
 def strength(factory: Callable[..., Any], attack: fs.types.UpdateAttack) -> str:
     """The option whose value is the attack's state, also where it must be given."""
     if attack.strength:
@@ -207,8 +215,8 @@ def tables() -> dict[str, str]:
                 name,
                 factory,
                 rule_condition(name, factory),
-                state(lambda rule=rule: rule.init(jnp.zeros(D), N)),
-                needs(rule.needs),
+                state_of(rule),
+                needs(rule.needs | ({"pretrain"} if rule.pretrain else set())),
             )
         )
     for name, factory in sorted(fs.aggregators.PRE_AGGREGATORS.items()):

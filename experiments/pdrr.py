@@ -37,6 +37,8 @@ from fedjax_sim.registry import check_number, lookup
 from fedjax_sim.types import Aggregator
 
 BASES = ("krum", "trimmed_mean", "median")
+#: Attackers that the attack on Krum needs, if they know their own models only.
+FEWEST = 3
 #: The attack that is made for a rule.
 FANG = "fang"
 NO_DEFENSE = "none"
@@ -336,10 +338,11 @@ def check(config: Config) -> None:
         ("attackers", config.attackers),
         *(("counts", count) for count in config.counts),
     ):
-        if not 1 <= count < config.clients:
+        if not FEWEST <= count < config.clients:
             raise ValueError(
-                f"--{flag} must be from 1 to {config.clients - 1}, so that there is "
-                f"an attacker and an honest client among {config.clients}; got {count}."
+                f"--{flag} must be from {FEWEST}, without which attackers who know "
+                f"their own models cannot attack Krum, to {config.clients - 1}, so "
+                f"that one of {config.clients} clients is honest; got {count}."
             )
     if config.attackers in config.counts:
         raise ValueError(
@@ -489,7 +492,7 @@ def run(config: Config, console: Console) -> runner.Result:
         schemes = {
             (cell.base, cell.scheme): built[name]
             for name, cell in by_name.items()
-            if (cell.part, cell.attack) == ("schemes", FANG)
+            if (cell.part, cell.attack) == ("schemes", FANG) and cell.base in BASES
         }
         pdrr_report.write(
             config,

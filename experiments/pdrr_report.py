@@ -420,9 +420,11 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
             at = np.isin(rounds, shown_rounds(config))
             ranges[f"{knowledge} knowledge"] = (rounds[at], low[at], high[at])
         if ranges:
-            plots[f"thresholds_{base}"] = fs.report.range_plot(
+            figure = fs.report.range_plot(
                 ranges, "q without a mistake", title=f"attack on {label}"
             )
+            figure.axes[0].set_ylim(0.0, 1.03)
+            plots[f"thresholds_{base}"] = figure
     return plots
 
 

@@ -47,7 +47,7 @@ def check_out(config: Any) -> None:
             changed = sorted(
                 k
                 for k in old.keys() | new.keys()
-                if k not in (*WHERE, "rounds", "long_rounds")
+                if k not in (*WHERE, "rounds", "long_rounds", "sweep_rounds")
                 and old.get(k) != new.get(k)
             )
             what = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in changed)

@@ -319,7 +319,8 @@ def features(x: Array, output: Array) -> Array:
     def norm(v: Array) -> Array:
         return jnp.sqrt(jnp.maximum(jnp.square(v).sum(axis=1), 1e-24))
 
-    distance = norm(x - output) / norm(x)
+    away = jnp.where((x != output).any(axis=1), norm(x - output), 0.0)
+    distance = away / norm(x)
     cosine = (x * output).sum(axis=1) / (norm(x) * norm(output))
     return jnp.stack([distance, cosine], axis=1)
 

@@ -47,7 +47,7 @@ def err(max_byzantine: int, base: str = "fedavg") -> Aggregator:
     clients are removed in every round, with an attack or without. An error rate has as
     many steps as there are samples: ties go to the lowest client index.
 
-    Cost: n + 1 evaluations on the root dataset; n aggregations, which for the
+    Cost: n + 1 evaluations on the root dataset, n aggregations, which for the
     coordinate-wise rules are one sort in all, for Krum one set of distances.
 
     Args:
@@ -94,6 +94,8 @@ def lfr(max_byzantine: int, base: str = "fedavg") -> Aggregator:
     ``L(A) - L(B_i)`` are removed. Scores are the impact on the loss. A loss that is not
     finite counts as the largest number there is.
 
+    Cost: n + 1 evaluations on the root dataset, n aggregations; see ``err``.
+
     Args:
         max_byzantine: as of ``err``.
         base: as of ``err``.
@@ -123,6 +125,8 @@ def err_lfr(max_byzantine: int, base: str = "fedavg") -> Aggregator:
 
     From f to 2f clients go. Scores are the impact on the loss; ``error_impact`` stands
     in the details.
+
+    Cost: n + 1 evaluations on the root dataset, n aggregations; see ``err``.
 
     Args:
         max_byzantine: as of ``err``.

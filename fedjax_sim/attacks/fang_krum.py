@@ -226,7 +226,9 @@ def fang_krum(
     Differs from the paper:
         The bound is that of Krum as it is defined, on squared distances;
         ``squared=False`` is Theorem 1 of the paper, for distances themselves. The
-        attackers' rows are identical, not within a small distance of each other. In a
+        attackers' rows are identical, not within a small distance of each other; the
+        1e-7 that Lu et al. (see ``pdrr``) have, over all coordinates together, is less
+        than float32 resolves next to a weight, so that theirs are duplicates too. In a
         sampled cohort where ``n - f - 2`` or ``n - f - c - 1`` is below 1, it is taken
         as 1; fewer than 3 ``colluding`` attackers send what they trained. The authors'
         code tries fewer than c crafted rows.
