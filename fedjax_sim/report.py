@@ -305,8 +305,8 @@ def score_plot(
             rounds = np.asarray(history.round)
             if rounds.ndim != 1 or at not in rounds:
                 raise ValueError(
-                    f"score_plot draws a round of one seed; {name!r} has round of shape "
-                    f"{rounds.shape}, and was asked for round {at}."
+                    f"score_plot draws one round of one seed; {name!r} has round of "
+                    f"shape {rounds.shape}, and was asked for round {at}."
                 )
             row = int(np.flatnonzero(rounds == at)[0])
             values = history.details.get(field, getattr(history, field, None))

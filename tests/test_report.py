@@ -284,6 +284,73 @@ def test_client_plot_of_what_is_not_there():
         report.client_plot(seeds, ["trust"])
 
 
+def bars(axes):
+    """Place, bottom and top of every bar, and its colour."""
+    return [
+        (
+            round(bar.get_x() + bar.get_width() / 2, 6),
+            round(bar.get_y(), 6),
+            round(bar.get_y() + bar.get_height(), 6),
+            mpl.colors.to_hex(bar.get_facecolor()).upper(),
+        )
+        for bar in axes.patches
+    ]
+
+
+def test_score_plot_puts_the_attackers_first(tmp_path):
+    path = tmp_path / "scores.png"
+    honest, liar = report.COLOURS[0], report.COLOURS[1]
+    figure = report.score_plot({"mad": TRUSTED, "krum": TRUSTED}, 1, path=path)
+    upper, lower = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["mad", "krum"]
+    # Clients 0 and 1, of which 1 is Byzantine.
+    assert bars(upper) == [(1, 0, 2, liar), (2, 0, 1, honest)]
+    assert lower.get_xlabel() == "client, the Byzantine ones first"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    # Clients 3 and 0, by id; that of 0 is infinite and has no bar.
+    figure = report.score_plot({"mad": TRUSTED}, 2)
+    assert bars(figure.axes[0]) == [(2, 0, 3, honest)]
+    figure = report.score_plot({"mad": TRUSTED}, 3, field="trust")
+    assert bars(figure.axes[0]) == [(1, 0, 0.5, liar), (2, 0, 0.6, honest)]
+
+
+def test_score_plot_of_what_is_not_there():
+    with pytest.raises(
+        ValueError, match=r"'a' has round of shape \(3,\), .* round 4\."
+    ):
+        report.score_plot({"a": TRUSTED}, 4)
+    with pytest.raises(ValueError, match=r"no 'index' in the history of 'a'; .* trust"):
+        report.score_plot({"a": TRUSTED}, 1, field="index")
+    with pytest.raises(ValueError, match="at least one history; got none"):
+        report.score_plot({}, 1)
+    seeds = jax.tree.map(lambda x: np.stack([x, x]), TRUSTED)
+    with pytest.raises(ValueError, match=r"has round of shape \(2, 3\)"):
+        report.score_plot({"a": seeds}, 1)
+
+
+def test_range_plot_draws_what_is_a_range(tmp_path):
+    ranges = {
+        "partial": ([1, 20, 50], [0.1, 0.5, NAN], [1.0, 0.5, 1.0]),
+        "full": ([1, 20, 50], [0.2, 0.3, 0.4], [0.9, 0.8, 0.7]),
+    }
+    path = tmp_path / "ranges.pdf"
+    axes = report.range_plot(ranges, "q", path, title="Krum").axes[0]
+    one, two = report.COLOURS[:2]
+    assert bars(axes) == [
+        (-0.2, 0.1, 1.0, one),
+        (0.2, 0.2, 0.9, two),
+        (1.2, 0.3, 0.8, two),
+        (2.2, 0.4, 0.7, two),
+    ]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "20", "50"]
+    assert (axes.get_ylabel(), axes.get_title()) == ("q", "Krum")
+    assert path.read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="at least one name; got none"):
+        report.range_plot({}, "q")
+    with pytest.raises(ValueError, match=r"same rounds for all; got \[\[1\], \[2\]\]"):
+        report.range_plot({"a": ([1], [0], [1]), "b": ([2], [0], [1])}, "q")
+
+
 @pytest.mark.parametrize(
     "name", ["krum", "mine.root_only", "clipping+geometric_median"]
 )
