@@ -154,6 +154,59 @@ def test_mean_near_a_centre_that_is_computed_with_it(d):
         np.testing.assert_allclose(shares, mask / 10, 1e-5)
 
 
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (7, 40), (9, 5000)])
+def test_supplied_where_moved(n, d):
+    """With ties, blocks that overlap and columns whose mean is 0."""
+    rng = np.random.default_rng(n)
+    U = rng.integers(-2, 3, (n, d)).astype(np.float32)
+    U[:, ::3] += rng.normal(size=U[:, ::3].shape).astype(np.float32)
+    U[:, 1] = 0
+    find = jax.jit(order.supplied_where_moved)  # the ranks are traced
+    for first, last in [(0, n - 1), (n // 3, n // 2), (1, n), (2, 1)]:
+        for mask in (np.ones(n, bool), rng.random(n) < 0.7, np.zeros(n, bool)):
+            means, supplied, columns = find(U, mask, first, last)
+            rows = U[mask].astype(np.float64)
+            kept = np.sort(rows, axis=0)[first : last + 1]
+            expected = kept.mean(axis=0) if len(kept) else np.zeros(d)
+            np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
+            moved, shares = np.asarray(means) != 0, np.zeros(n)
+            if len(kept):
+                own = (kept[:, None] == rows[None]).sum(axis=0)
+                among = (rows[:, None] == rows[None]).sum(axis=0)
+                shares[mask] = np.where(moved, own / among, 0).sum(axis=1)
+            np.testing.assert_allclose(supplied, shares, 1e-5, 1e-6)
+            np.testing.assert_allclose(supplied.sum(), len(kept) * moved.sum(), 1e-5)
+            assert columns == moved.sum()
+    assert not find(U[:, :2] * 0, np.ones(n, bool), 0, n - 1)[2]
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 5), (7, 40), (9, 5000)])
+def test_means_without_each(n, d):
+    """Every row left out in turn, of ties, of blocks that overlap and of masks."""
+    rng = np.random.default_rng(n)
+    U = rng.integers(-2, 3, (n, d)).astype(np.float32)
+    U[:, ::3] += rng.normal(size=U[:, ::3].shape).astype(np.float32)
+    find = jax.jit(order.means_without_each)
+    for first, last in [(0, n - 2), (n // 3, n // 2), (1, n), (2, 1), (-1, 0)]:
+        for mask in (np.ones(n, bool), rng.random(n) < 0.7):
+            found = find(U, mask, first, last)
+            for i in np.flatnonzero(mask):
+                others = np.sort(U[mask & (np.arange(n) != i)], axis=0)
+                kept = others[max(first, 0) : last + 1].astype(np.float64)
+                expected = kept.mean(axis=0) if len(kept) else np.zeros(d)
+                np.testing.assert_allclose(found[i], expected, 1e-5, 1e-6)
+
+
+def test_means_without_each_leave_no_rounding_error_of_what_is_trimmed():
+    U = np.random.default_rng(0).normal(size=(12, 5000)).astype(np.float32)
+    U[:2], U[2] = 1e8, -1e8
+    found = order.means_without_each(U, jnp.ones(12, bool), 2, 8)
+    for i in range(12):
+        others = np.sort(np.delete(U, i, axis=0), axis=0)
+        expected = others[2:9].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(found[i], expected, 1e-5, 1e-6)
+
+
 def test_jit_vmap_and_no_sort():
     U = np.stack([matrix(7, 2500, seed) for seed in range(3)])
     masks = np.array([[1] * 7, [1, 0] * 3 + [1], [0] * 7], bool)

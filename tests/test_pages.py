@@ -9,10 +9,6 @@ from tests.pages import EXAMPLES, VALIDATION
 TESTS = Path(__file__).parent
 # Algorithms of studies that are not here yet.
 TO_COME = {
-    "pdrr",
-    "err_lfr_union",
-    "vae_anomaly",
-    "dagmm",
     "fedsecure",
     "ts_data_poisoning",
     "ts_backdoor",

@@ -7,15 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from fedjax_sim import aggregators as rules
 from fedjax_sim.aggregators.common import standard_normal
 from fedjax_sim.aggregators.dnc import draw_columns
 from fedjax_sim.aggregators.pre_aggregators import random_order
 from fedjax_sim.aggregators.signguard import draw_start
-from fedjax_sim.types import Aggregator, RoundContext
+from fedjax_sim.pytrees import ravel
+from fedjax_sim.types import Aggregator, PyTree, RoundContext
 from tests.references import aggregators as oracle
-from tests.references import averages, filters, preaggregators, subsets
+from tests.references import averages, detection, filters, preaggregators, subsets
 from tests.references import mad as trust
 
 
@@ -29,8 +31,10 @@ class Case(NamedTuple):
     updates give that update, zero updates zero. ``robust``: F arbitrary rows do not
     move it far: they lose all weight, or, with ``bound``, the aggregate is not longer
     than that many times the longest honest update. ``root``: it needs the root update,
-    as every rule with ``trust`` does. ``inexact``: scenarios of test_references.py in
-    which float32 and float64 decide differently, for a reason given at the case.
+    as every rule with ``trust`` does. ``scored``: it needs the root dataset's scores.
+    ``pretrained``: it learns before the first round. ``inexact``: scenarios of
+    test_references.py in which float32 and float64 decide differently, for a reason
+    given at the case.
     """
 
     make: Callable[[int], Aggregator]
@@ -47,6 +51,8 @@ class Case(NamedTuple):
     stateful: bool = False
     bound: float | None = None
     root: bool = False
+    scored: bool = False
+    pretrained: bool = False
     inexact: tuple[str, ...] = ()
 
 
@@ -202,6 +208,139 @@ def _flame(**options: object) -> Case:
         identical=options.get("noise") == 0.0,
         bound=1.1,
     )
+
+
+def _pdrr(base: str, **promises) -> Case:
+    return Case(
+        lambda f: rules.pdrr(f, base),
+        lambda f, U, mask, g0, sizes: detection.pdrr(U, f, base, mask=mask),
+        **promises,
+    )
+
+
+def _rejection(name: str, base: str, criteria: tuple[str, ...], **promises) -> Case:
+    def reference(f, U, mask, g0, sizes):
+        w = np.asarray(params_like(g0), np.float64)
+
+        def judge(update):
+            return root_scores(w + update, np)
+
+        return detection.rejection(U, f, judge, criteria, base, mask, sizes)
+
+    return Case(
+        lambda f: getattr(rules, name)(f, base),
+        reference,
+        # What the server's samples say depends on where the model stands.
+        translation=False,
+        scale=False,
+        scored=True,
+        **promises,
+    )
+
+
+def _detector(
+    factory: Callable[..., Aggregator],
+    base: str,
+    judge: Callable[..., tuple[dict, Callable]],
+    space: str = "weights",
+    options: dict[str, object] | None = None,
+    **promises,
+) -> Case:
+    """``judge(state, x, U, mask, f)``: scores by client and who is flagged by them.
+
+    The reference looks at the clients through what the compiled case has learned.
+    """
+    small = {"hidden": 8, "num_snapshots": 12, "num_steps": 20, "num_coordinates": 15}
+    made = functools.cache(
+        lambda f: factory(f, base, space=space, **small, **(options or {}))
+    )
+
+    def reference(f, U, mask, g0, sizes):
+        name = next(name for name, case in CASES.items() if case.make is made)
+        state, rows = compiled(name).state, oracle.present(U, mask)
+        params = np.asarray(params_like(g0)) if space == "weights" else None
+        x = detection.seen(U, rows, state.view, params)
+        scores, flags = judge(state, x, U, mask, f)
+        return detection.without_flagged(U, f, base, mask, sizes, scores, flags)
+
+    return Case(
+        made,
+        reference,
+        # Models are known by where they are.
+        translation=False,
+        scale=False,
+        pretrained=True,
+        **promises,
+    )
+
+
+def layers(net: PyTree) -> dict:
+    """Kernel and bias of every layer, those of one name and a number in a list."""
+    found: dict = {}
+    for name in sorted(net):
+        layer = (np.asarray(net[name]["kernel"]), np.asarray(net[name]["bias"]))
+        if name[-2:] in ("_0", "_1"):
+            found.setdefault(name[:-2], []).append(layer)
+        else:
+            found[name] = layer
+    return found
+
+
+def capped(scores: dict, n: int) -> dict:
+    """Where float32 ends they are as high as n of them can be summed."""
+    cap = np.finfo(np.float32).max / (4 * n)
+    return {i: score if score < cap else cap for i, score in scores.items()}
+
+
+def _by_vae(reject: str, draws: int = 0) -> Callable:
+    def judge(state, x, U, mask, f):
+        net, scores = layers(state.net), dict.fromkeys(x, 0.0)
+        shape = (len(U), len(net["to_mean"][1]))
+        noise: list = [np.zeros(shape)]
+        if draws:
+            keys = jax.random.split(KEY, draws)
+            noise = [np.asarray(jax.random.normal(key, shape)) for key in keys]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for xi in noise:
+                for i in x:
+                    seen = detection.vae_forward(net, x[i], xi[i])
+                    scores[i] += detection.vae_score(x[i], *seen) / len(noise)
+        scores = capped(scores, len(U))
+        by = {"mean": detection.above_mean, "count": detection.highest}
+        return scores, by[reject](scores)
+
+    return judge
+
+
+def _by_pca(state, x, U, mask, f):
+    scores = {i: detection.pca_residual(x[i], state.net) for i in x}
+    return scores, detection.above_mean(scores)
+
+
+def _by_dagmm(reject: str) -> Callable:
+    def judge(state, x, U, mask, f):
+        net, K = layers(state.net), len(state.mixture.mean)
+        # The mixture as densities need it: covariances, and not their factors.
+        factors = np.linalg.inv(np.asarray(state.mixture.whiten, np.float64))
+        mixture = (
+            np.exp(np.asarray(state.mixture.log_weight, np.float64)),
+            np.asarray(state.mixture.mean, np.float64),
+            [factors[k] @ factors[k].T for k in range(K)],
+        )
+        scores = {
+            i: detection.energy(detection.dagmm_forward(net, x[i])[0], *mixture)
+            for i in x
+        }
+        scores = capped(scores, len(U))
+        if reject == "count":
+            return scores, detection.highest(scores)
+        _, r, f = oracle.counts(U, mask, f)
+        threshold = np.quantile(
+            np.asarray(state.energies, np.float64), 1 - f / max(r, 1)
+        )
+        return scores, detection.above(scores, threshold)
+
+    return judge
 
 
 CASES: dict[str, Case] = {
@@ -497,6 +636,75 @@ CASES: dict[str, Case] = {
         robust=False,
         stateful=True,
     ),
+    "pdrr": _pdrr(
+        "krum",
+        linear="raw",
+        # Two honest rows are flagged and with f' = 0 an outlier is in every score, of
+        # which float32 holds no other part.
+        inexact=("1e8", "1e18"),
+    ),
+    # Of outliers in every coordinate; of zeros nothing is moved: everybody is flagged.
+    "pdrr-trimmed_mean": _pdrr("trimmed_mean", zero=False),
+    "pdrr-median": _pdrr("median", zero=False),
+    "err": _rejection(
+        "err",
+        "fedavg",
+        ("error",),
+        linear="raw",
+        robust=False,  # without one of two outliers the other is still there
+        permutation=False,  # equal error rates are frequent
+    ),
+    "lfr": _rejection("lfr", "median", ("loss",)),
+    "lfr-trimmed_mean": _rejection(
+        "lfr",
+        "trimmed_mean",
+        ("loss",),
+        robust=False,  # two honest clients go, and with f' = 0 nothing is trimmed
+    ),
+    "err_lfr": _rejection(
+        "err_lfr",
+        "krum",
+        ("error", "loss"),
+        linear="raw",
+        permutation=False,
+        inexact=("1e8", "1e18"),  # as pdrr
+    ),
+    "vae_detector": _detector(
+        rules.vae_detector, "fedavg", _by_vae("mean"), linear="raw"
+    ),
+    "vae_detector-count": _detector(
+        rules.vae_detector,
+        "trimmed_mean",
+        _by_vae("count", draws=3),
+        "update",
+        {"reject": "count", "latent": 3, "draws": 3},
+        permutation=False,  # every row has its draws
+    ),
+    "vae_detector-pca": _detector(
+        rules.vae_detector,
+        "krum",
+        _by_pca,
+        options={"learner": "pca", "latent": 4},
+        linear="raw",
+    ),
+    "dagmm_detector": _detector(
+        rules.dagmm_detector,
+        "fedavg",
+        _by_dagmm("count"),
+        linear="raw",
+        robust=False,  # code, relative distance and cosine of the farthest are bounded
+        inexact=("1e18",),  # coordinates are cut at 1e15, which turns the vector
+    ),
+    "dagmm_detector-quantile": _detector(
+        rules.dagmm_detector,
+        "median",
+        _by_dagmm("quantile"),
+        "update",
+        {"reject": "quantile"},
+        identical=False,  # all of them may be less likely than in pre-training
+        zero=False,
+        inexact=("1e18",),
+    ),
 }
 
 # Enough for what every rule promises: the others differ from these in a number.
@@ -526,6 +734,9 @@ DISTINCT = [
         "mad-max",
         "dnc-all",
         "signguard-distance",
+        "lfr-trimmed_mean",
+        "vae_detector-pca",
+        "dagmm_detector-quantile",
     )
 ]
 
@@ -552,6 +763,7 @@ def context(g0, mask=None, sizes=None, **fields) -> RoundContext:
         "params": params,
         "previous_params": jax.tree.map(lambda w: 0.9 * w, params),
         "previous_aggregate": jax.tree.map(lambda w: 0.1 * w, params),
+        "root_scores": jax.tree_util.Partial(scores_of),
         "round": jnp.int32(3),
         "client_ids": jnp.asarray(IDS),
     }
@@ -571,6 +783,36 @@ def params_like(tree):
             for p, x in zip(parts, leaves)
         ],
     )
+
+
+def root_scores(w, np) -> tuple:
+    """A loss and an error rate of 46 steps, in ``jax.numpy`` or NumPy.
+
+    Both are lowest near a model a little way off; the loss grows slowly, so that what
+    outliers do to it has float32 digits.
+    """
+    size = len(w)
+    wanted = 2 * np.cos(1.0 + 0.7 * np.arange(size)) + np.sin(0.3 * np.arange(size))
+    loss = np.log1p(np.square(w - wanted)).mean()
+    wrong = np.concatenate([w * wanted < 0, np.abs(w - wanted) > 2.5])
+    return loss, np.where(wrong, 1.0, 0.0).mean()
+
+
+def scores_of(params) -> tuple:
+    return root_scores(ravel(params), jnp)
+
+
+def train(key, params):
+    """A server's local training, in the structure of the parameters."""
+    w, unravel = ravel_pytree(params)
+    return unravel(jax.random.normal(key, w.shape) - 0.5 * w)
+
+
+def start(rule: Aggregator, params: PyTree) -> PyTree:
+    """The rule's state before the first round, learned where it has to be."""
+    if rule.pretrain is None:
+        return rule.init(params, NUM_CLIENTS)
+    return jax.jit(lambda params, key: rule.pretrain(params, key, train))(params, KEY)
 
 
 def server_noise(U) -> np.ndarray:
@@ -616,7 +858,7 @@ class Compiled:
 
     def __init__(self, name: str):
         self.rule = CASES[name].make(F)
-        self.state = self.rule.init(jnp.zeros(D), NUM_CLIENTS)
+        self.state = start(self.rule, jnp.zeros(D))
         self.traces = 0
 
         @jax.jit

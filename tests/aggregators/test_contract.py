@@ -22,6 +22,7 @@ from tests.aggregators.cases import (
     cohort,
     compiled,
     context,
+    start,
 )
 
 every_rule = pytest.mark.parametrize("name", DISTINCT)
@@ -59,6 +60,12 @@ every_structure = pytest.mark.parametrize(
         "signguard-cosine",
         "flame",
         "fldetector",
+        "pdrr",
+        "pdrr-median",
+        "lfr-trimmed_mean",
+        "err_lfr",
+        "vae_detector-count",
+        "dagmm_detector-quantile",
     ],
 )
 
@@ -86,8 +93,10 @@ def test_table_covers_the_registry():
         rule = CASES[name].make(F)
         assert rule.name == name
         assert rule.needs <= set(RoundContext._fields)
-        needs_root = CASES[name].trust or CASES[name].root
-        assert ("root_update" in rule.needs) == needs_root
+        case = CASES[name]
+        assert ("root_update" in rule.needs) == (case.trust or case.root)
+        assert ("root_scores" in rule.needs) == case.scored
+        assert (rule.pretrain is not None) == case.pretrained
 
 
 def test_table_covers_the_steps_before_a_rule():
@@ -105,7 +114,7 @@ def test_structure_and_dtypes(name, dtype):
     rule = CASES[name].make(F)
     U, g0, sizes = cohort(0, N, D)
     params = tree(g0, dtype)
-    state = rule.init(params, NUM_CLIENTS)
+    state = jax.eval_shape(lambda: start(rule, params))
     aggregate, new_state, info = jax.eval_shape(
         rule.apply, tree(U, dtype), state, context(params, sizes=sizes)
     )
@@ -132,7 +141,9 @@ def test_jit_equals_eager_and_pytree_equals_array(name):
     U, g0, sizes = cohort(1, N, D)
     one, info = compiled(name)(U, g0, sizes=sizes)
     rule = CASES[name].make(F)
-    state = rule.init(tree(g0), NUM_CLIENTS)
+    # What was learned is of the raveled model.
+    learned = compiled(name).state if CASES[name].pretrained else None
+    state = rule.init(tree(g0), NUM_CLIENTS) if learned is None else learned
     other, _, other_info = rule.apply(tree(U), state, context(tree(g0), sizes=sizes))
     assert jax.tree.structure(other) == jax.tree.structure(tree(g0))
     assert_same((one, info), (flat(other), other_info), rtol=1e-5, atol=1e-6)
@@ -141,7 +152,7 @@ def test_jit_equals_eager_and_pytree_equals_array(name):
 @every_structure
 def test_scan_over_rounds_and_vmap_over_seeds_equal_loops(name):
     rule = CASES[name].make(F)
-    state = rule.init(jnp.zeros(D), NUM_CLIENTS)
+    state = compiled(name).state
     data = [[cohort(10 * seed + t, N, D)[:2] for t in range(3)] for seed in range(2)]
     updates, roots = (np.array([[x[i] for x in row] for row in data]) for i in (0, 1))
     traces = []
