@@ -18,7 +18,7 @@ from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
 REPEATS = 5
 
-# base -> scheme -> seconds; ``pretraining`` beside the schemes that have one.
+# base -> scheme -> seconds
 Times = dict[str, dict[str, float]]
 
 
@@ -30,66 +30,79 @@ def measure(
     All detectors see the models of the same first round of the attack on their base.
     What was measured lies in ``detection_seconds.json`` of the run directory, and a run
     that is resumed takes it from there.
+
+    Args:
+        config: of ``experiments.pdrr``.
+        schemes: the attacked systems by base and scheme.
+        console: for a line that says so.
     """
     path = config.out / "detection_seconds.json"
     if path.exists():
         found: Times = json.loads(path.read_text())
         return found
     times: Times = {}
-    learned: dict[Any, PyTree] = {}  # by pretraining, which the bases share
     if schemes:
         console.print("timing one detection of every scheme")
-    for base in dict.fromkeys(base for base, _ in schemes):
-        own = {scheme: sim for (b, scheme), sim in schemes.items() if b == base}
-        attacked = next(iter(own.values()))
-        key = jax.random.key(config.seed)
-        updates, context = one_round(attacked, key)
-        times[base] = {}
-        for scheme, sim in own.items():
-            memory = sim.aggregator.pretrain or sim
-            if memory not in learned:
-                learned[memory] = sim.init(key).aggregator
-            times[base][scheme] = seconds(sim, updates, learned[memory], context)
+        attacked = {base: sim for (base, _), sim in schemes.items()}
+        sent = first_round(attacked, jax.random.key(config.seed))
+        times = {base: {} for base in attacked}
+        for (base, scheme), sim in schemes.items():
+            times[base][scheme] = seconds(sim, *sent[base])
     write_atomically(path, json.dumps(times, indent=2) + "\n")
     return times
 
 
-def one_round(sim: fs.Simulation, key: jax.Array) -> tuple[PyTree, RoundContext]:
-    """What the server of a system has received in the first round, and knows.
+def first_round(
+    sims: Mapping[str, fs.Simulation], key: jax.Array
+) -> dict[str, tuple[PyTree, RoundContext]]:
+    """What the server of each system receives in the first round, and knows then.
 
     A rule that keeps what it is given stands in for the system's own.
     """
+    size = next(iter(sims.values())).cohort_size
 
     def init(params: PyTree, num_clients: int) -> PyTree:
-        return jax.tree.map(
-            lambda w: jnp.zeros((sim.cohort_size, *w.shape), w.dtype), params
-        )
+        return jax.tree.map(lambda w: jnp.zeros((size, *w.shape), w.dtype), params)
 
     def apply(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        zero = jnp.zeros(sim.cohort_size)
+        zero = jnp.zeros(size)
         info = AggregatorInfo(zero, zero > 0, zero)
         return jax.tree.map(lambda u: 0.0 * u[0], updates), updates, info
 
     keep = Aggregator(init, apply, lambda cohort_size: None, name="keep")
-    state, _ = dataclasses.replace(sim, aggregator=keep, test=None).run(
-        key, num_rounds=1
+    comparison = fs.compare(
+        {
+            name: dataclasses.replace(sim, aggregator=keep, test=None)
+            for name, sim in sims.items()
+        }
     )
-    return state.aggregator, RoundContext(
+    states, _ = comparison.run(key, num_rounds=1)
+    context = RoundContext(
         key=key,
-        params=state.params,  # those of the start: the aggregate is zero
         round=jnp.int32(0),
-        client_ids=jnp.arange(sim.cohort_size),
-        num_samples=jnp.ones(sim.cohort_size),
+        client_ids=jnp.arange(size),
+        num_samples=jnp.ones(size),
     )
+    # The parameters are those of the start: the aggregate is zero.
+    return {
+        name: (state.aggregator, context._replace(params=state.params))
+        for name, state in states.items()
+    }
 
 
-def seconds(
-    sim: fs.Simulation, updates: PyTree, state: PyTree, context: RoundContext
-) -> float:
-    """The median of several calls of a system's rule, compiled, on one device."""
+def seconds(sim: fs.Simulation, updates: PyTree, context: RoundContext) -> float:
+    """The median of several calls of a system's rule, compiled, on one device.
+
+    A detector that learns does not have to for this: what its network is makes no
+    difference to the time.
+    """
     root, rule = sim.alone.arrays.root, sim.aggregator
+    state = jax.tree.map(
+        lambda x: jnp.ones(x.shape, x.dtype),
+        jax.eval_shape(sim.init, context.key).aggregator,
+    )
 
     @jax.jit
     def detect(updates: PyTree, state: PyTree, context: RoundContext, root: Any) -> Any:

@@ -16,7 +16,7 @@ SMALL = (
     *("--rounds", "2", "--sweep-rounds", "1", "--eval-every", "1", "--batch-size", "4"),
     *("--root-size", "20", "--beta", "2", "--counts", "3", "--steps", "2"),
 )
-TINY = (*SMALL, "--parts", "schemes", "--schemes", "err", "pdrr")
+TINY = (*SMALL, "--parts", "schemes", "time", "--schemes", "err", "pdrr")
 
 
 def play(config):
@@ -226,6 +226,7 @@ def test_presets_have_the_paper_s_constants():
         (("--counts", "20"), "--counts needs other numbers than --attackers, 20"),
         (("--counts", "2"), "--counts must be from 3, without which .*; got 2"),
         (("--parts", "schemes", "schemes"), "--parts needs each value once"),
+        (("--parts", "time"), "--parts needs schemes where it has time; got time"),
         (("--beta", "20"), "--beta must be from 0 to 19, below the attackers"),
         (("--q-krum", "1.5"), r"--q-krum must be a finite number in \[0, 1\]; got 1"),
         (("--q-trimmed-mean", "nan"), "--q-trimmed-mean must be a finite number"),
