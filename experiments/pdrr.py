@@ -107,14 +107,14 @@ class Config:
     #: Seed of the partition.
     partition_seed: int = 0
     #: Samples of the server, for ERR, LFR, VAE and DAGMM; taken from the training set.
-    root_size: int = 1000
+    root_size: int = 500
 
     #: cnn (FLTrust's), leaf_cnn (LEAF's), small_cnn, digits_cnn, mlp or resnet18.
     model: str = "cnn"
     #: Local steps.
     steps: int = 5
     #: Local batch size.
-    batch_size: int = 32
+    batch_size: int = 16
     #: Local learning rate (plain SGD).
     lr: float = 0.1
     #: At most this many clients side by side; default: by backend and model size.

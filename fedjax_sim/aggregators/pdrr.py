@@ -48,7 +48,9 @@ def pdrr(max_byzantine: int, base: str = "krum", q: float | None = None) -> Aggr
     Assumptions: clients' data differ, so that no two honest updates are much alike;
     attackers are, and Krum picks one of them; the trimmed mean cuts at least as many
     values a side as there are attackers. Without an attack honest clients are flagged:
-    the largest index reaches any threshold. No data of the server's own are needed.
+    the largest index reaches any threshold. Each of them lowers f', so that the second
+    aggregation may stand fewer attackers than are left. No data of the server's own are
+    needed.
 
     Cost: twice that of the base.
 

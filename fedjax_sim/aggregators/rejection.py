@@ -44,8 +44,10 @@ def err(max_byzantine: int, base: str = "fedavg") -> Aggregator:
     ``E(A) - E(B_i)`` are removed and the others aggregated.
 
     Assumptions: a clean root dataset of the clients' task; f attackers exactly: f
-    clients are removed in every round, with an attack or without. An error rate has as
-    many steps as there are samples: ties go to the lowest client index.
+    clients are removed in every round, with an attack or without, and the base then
+    stands none: an attacker that was not among them has its way. An error rate has as
+    many steps as there are samples: ties go to the lowest client index. So they do
+    where attackers send the same to Krum: whichever is left out, another is chosen.
 
     Cost: n + 1 evaluations on the root dataset, n aggregations, which for the
     coordinate-wise rules are one sort in all, for Krum one set of distances.
