@@ -142,7 +142,8 @@ def dagmm_detector(
 
     Assumptions: models that the server trains are like honest clients' models, also
     those of later rounds, which pre-training did not come to. With ``"count"`` f
-    clients go in every round, with an attack or without.
+    clients go in every round, with an attack or without. Code, relative distance and
+    cosine are bounded: how far away a model is, they do not show.
 
     Cost: O(n c hidden) a round. Pre-training: ``num_snapshots`` local trainings and
     ``num_steps`` steps on as many vectors of c values.
