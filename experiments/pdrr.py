@@ -18,7 +18,8 @@ Presets:
   paper    MNIST, divided by label: over an hour on two cores (default).
   femnist  FEMNIST in LEAF's format, a writer to a client, and LEAF's network of 6.6
            million parameters: for a GPU.
-  demo     scikit-learn's embedded 8x8 digits: under three minutes on two cores.
+  demo     scikit-learn's embedded 8x8 digits, half as many clients, two of the parts:
+           under three minutes on two cores.
 
 Example:
   python -m experiments.pdrr --data-dir DIR --out runs/pdrr
@@ -147,8 +148,8 @@ class Config:
     partitions: tuple[str, ...] = ("iid", "dirichlet(alpha=0.5)", "label_bias(q=0.8)")
     #: Attacks of the part others: any of the README's table.
     others: tuple[str, ...] = (
-        "fang_krum(knowledge='colluding')",
-        "fang_trimmed_mean(knowledge='colluding')",
+        'fang_krum(knowledge="colluding")',
+        'fang_trimmed_mean(knowledge="colluding")',
         "sign_flip",
         "gaussian",
         "label_flip",
