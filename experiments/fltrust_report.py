@@ -38,7 +38,7 @@ DETECTION_NOTE = (
     "not keep (it keeps n - f - 2 of n) and, in variants with a gate, who fails it. "
     "Whom it keeps but does not trust has no weight either: the columns *no "
     "weight* count everybody who had no say in the aggregate, and are what compares "
-    "rules. A dash: the rule rejects nobody. Then: updates that were not finite, and "
+    "rules. A dash: nobody was rejected. Then: updates that were not finite, and "
     "rounds that left the model as it was."
 )
 # Rounds in a row until the end from which a model that stands still is remarked on.

@@ -38,7 +38,7 @@ MEASURE_NOTE = (
 )
 DETECTION_NOTE = (
     "TPR and FPR: share of the Byzantine and of the honest clients that the rule "
-    "rejected (a dash: it rejects nobody), no weight: that had no say in the "
+    "rejected (a dash: nobody was), no weight: that had no say in the "
     "aggregate; not finite: updates per round left out for a NaN or infinity, as a "
     "model that diverged sends them; no update: share of rounds that left the model as "
     "it was. Mean over rounds, seeds and the attacks of the matrix (without *none*)."

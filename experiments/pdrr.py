@@ -124,7 +124,8 @@ class Config:
     #: $JAX_NUM_CPU_DEVICES, else all that this process may use, at most 8.
     cores: int | None = None
 
-    #: Detectors of the part schemes; each is told how many attackers there are.
+    #: Detectors of the part schemes. All are told how many attackers there are, as the
+    #: rules are; all but pdrr remove as many clients.
     schemes: tuple[
         Literal["dagmm_detector", "vae_detector", "err", "lfr", "err_lfr", "pdrr"], ...
     ] = ("dagmm_detector", "vae_detector", "err", "lfr", "err_lfr", "pdrr")
@@ -346,9 +347,10 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"--{name} must be at least 1; got {getattr(config, flag)}."
             )
+    counts = config.counts if "counts" in config.parts else ()
     for flag, count in (
         ("attackers", config.attackers),
-        *(("counts", count) for count in config.counts),
+        *(("counts", count) for count in counts),
     ):
         if not FEWEST <= count < config.clients:
             raise ValueError(
@@ -356,12 +358,12 @@ def check(config: Config) -> None:
                 f"their own models cannot attack Krum, to {config.clients - 1}, so "
                 f"that one of {config.clients} clients is honest; got {count}."
             )
-    if config.attackers in config.counts:
+    if config.attackers in counts:
         raise ValueError(
             f"--counts needs other numbers than --attackers, {config.attackers}, which "
             f"the part schemes has; got {config.counts}."
         )
-    if not 0 <= config.beta < max(assumed(config), 1):
+    if "counts" in config.parts and not 0 <= config.beta < max(assumed(config), 1):
         raise ValueError(
             f"--beta must be from 0 to {assumed(config) - 1}, below the attackers that "
             f"rules assume; got {config.beta}."
@@ -371,7 +373,7 @@ def check(config: Config) -> None:
         check_number(flag, getattr(config, f"q_{base}"), 0, 1, "[]")
     check_number("--stop", config.stop, low=0)
     check_number("--b", config.b, low=1)
-    if config.partition in config.partitions:
+    if "partitions" in config.parts and config.partition in config.partitions:
         raise ValueError(
             f"--partitions needs others than --partition; got {config.partitions}."
         )
@@ -481,7 +483,9 @@ def settings(config: Config) -> str:
         f"({config.partition}), {runner.cohort_size(config)} a round, "
         f"{config.attackers} attackers (rules assume {assumed(config)} in a cohort); "
         f"{config.steps} local steps of {config.batch_size}, rate {config.lr:g}; "
-        f"{config.root_size} samples of the server for those who need them; {seeds}."
+        f"{config.root_size} samples of the server for those who need them; PDRR's q "
+        f"{config.q_krum:g} for Krum, {config.q_trimmed_mean:g} for the trimmed mean, "
+        f"{config.q_median:g} for the median; {seeds}."
     )
 
 

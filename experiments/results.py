@@ -248,7 +248,8 @@ def publish(
         parts.append(fs.report.markdown_table(*table))
     parts += [f"![{name}]({name}.png)" for name in plots]
     write_atomically(config.out / "summary.md", "\n\n".join(parts) + "\n")
-    files = ", ".join(f"{name}.png" for name in plots)
+    figures = "".join(f"{name}.png, " for name in plots)
+    also = " (plots also as pdf)" if plots else ""
     console.print(
-        f"results in {config.out}: summary.md, {files} (and pdf), metrics.csv"
+        f"results in {config.out}: summary.md, {figures}metrics.csv, clients.npz{also}"
     )

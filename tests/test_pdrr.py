@@ -72,7 +72,8 @@ def test_rates_in_the_tables_are_those_of_a_loop(finished):
     by_cell = {c: result.histories[c.name] for c in cells(config)}
     table = pdrr_report.scheme_table(config, by_cell, "median")
     rows = {row[0]: row[1:] for row in table.rows}
-    assert table.header[:4] == ("scheme", "FAR 1", "FAR 2", "FAR mean")
+    rates = ("FAR 1", "2", "mean", "MAR 1", "2", "mean")
+    assert table.header == ("scheme", *rates, "ties")
     (history,) = (
         h
         for c, h in by_cell.items()
@@ -83,7 +84,8 @@ def test_rates_in_the_tables_are_those_of_a_loop(finished):
         far.append(np.mean([f for f, b in zip(flagged, liar) if not b]))
         mar.append(np.mean([not f for f, b in zip(flagged, liar) if b]))
     expected = [*far, np.mean(far), *mar, np.mean(mar)]
-    assert rows["ERR"] == tuple(f"{x:.2f}" for x in expected)
+    tied = [np.ptp(scores) == 0 for scores in history.scores]
+    assert rows["ERR"] == tuple(f"{x:.2f}" for x in [*expected, np.mean(tied)])
 
 
 def test_thresholds_without_a_mistake_are_those_of_a_search(finished):
@@ -119,7 +121,7 @@ def test_the_paper_s_figures_stand_beside_ours(finished):
     config, result = finished
     by_cell = {c: result.histories[c.name] for c in cells(config)}
     rows = pdrr_report.scheme_table(config, by_cell, "trimmed_mean").rows
-    assert rows[1] == ("↳ paper", "0.43", "", "", "0.65", "", "")
+    assert rows[1] == ("↳ paper", "0.43", "", "", "0.65", "", "", "")
     times = {"krum": {"none": 0.1, "err": 3.0, "pdrr": 0.2}}
     rows = pdrr_report.time_table(times).rows
     assert rows[1] == ("ERR", "3e+03 ms (15)", "", "")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fedjax_sim.aggregators.common import assumed_counts
 from fedjax_sim.aggregators.pretraining import (
     View,
+    check_learned,
     check_pretraining,
     check_rate,
     finite_scores,
@@ -227,6 +228,7 @@ def dagmm_detector(
     def apply(
         updates: PyTree, state: DAGMMState, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
+        check_learned("dagmm_detector", state, DAGMMState)
         U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         num_rows, f = assumed_counts(mask, max_byzantine)

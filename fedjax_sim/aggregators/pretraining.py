@@ -69,17 +69,25 @@ def validate_detector(
     check_cohort(rule, cohort_size, max_byzantine, factor=1, more=1)
 
 
+_UNTRAINED = (
+    "{rule} has to be pre-trained: its state comes from pretrain(params, key, train), "
+    "which Simulation calls with the server's root dataset, and not from init."
+)
+
+
 def untrained(rule: str) -> Callable[[Params, int], PyTree]:
     """The ``init`` of a rule that has to be pre-trained: it refuses."""
 
     def init(params: Params, num_clients: int) -> PyTree:
-        raise ValueError(
-            f"{rule} has to be pre-trained: its state comes from pretrain(params, key, "
-            "train), which Simulation calls with the server's root dataset, and not "
-            "from init."
-        )
+        raise ValueError(_UNTRAINED.format(rule=rule))
 
     return init
+
+
+def check_learned(rule: str, state: PyTree, kind: type) -> None:
+    """Refuses a state that is not what pre-training gives."""
+    if not isinstance(state, kind):
+        raise ValueError(_UNTRAINED.format(rule=rule))
 
 
 def snapshots(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fedjax_sim.aggregators.common import assumed_counts
 from fedjax_sim.aggregators.pretraining import (
     View,
+    check_learned,
     check_pretraining,
     check_rate,
     finite_scores,
@@ -208,6 +209,7 @@ def vae_detector(
     def apply(
         updates: PyTree, state: VAEState, context: RoundContext
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
+        check_learned("vae_detector", state, VAEState)
         U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
         _, f = assumed_counts(mask, max_byzantine)
