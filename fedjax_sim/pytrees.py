@@ -58,6 +58,17 @@ def ravel(tree: PyTree) -> Array:
     )
 
 
+def unraveler(tree: PyTree) -> Callable[[Array], PyTree]:
+    """From a vector ``[d]`` to the structure, shapes and dtypes of ``tree``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> unraveler({"w": jnp.zeros((1, 2))})(jnp.array([3.0, 4.0]))["w"].tolist()
+        [[3.0, 4.0]]
+    """
+    return ravel_clients(jax.tree.map(lambda x: jnp.asarray(x)[None], tree))[1]
+
+
 def finite_rows(updates: PyTree) -> Array:
     """``bool [k]``: rows whose values and squared norm are all finite in float32."""
     matrix, _ = ravel_clients(updates)

@@ -18,7 +18,7 @@ from fedjax_sim.evaluation import (
     make_root_scores,
 )
 from fedjax_sim.metrics import detection
-from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients
+from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients, unraveler
 from fedjax_sim.sharding import share_out
 from fedjax_sim.state import AGGREGATE, ATTACK, Arrays, History, RoundState, stream
 from fedjax_sim.training import Trained, train_cohorts, train_roots
@@ -67,7 +67,7 @@ def finish_round(
     """Attack, aggregation, server step and the round's metrics of one system."""
     ids, rows, client_states, info, samples = trained
     sizes = clients.mask[ids].sum(axis=1) if defended is None else samples["samples"]
-    _, unravel = ravel_clients(jax.tree.map(lambda w: w[None], state.params))
+    unravel = unraveler(state.params)
     # Attacks and rules ravel what is unraveled here, and XLA drops both. It cannot once
     # it has joined these cuts with the cut of this system's rows: hence the barrier.
     updates = jax.vmap(unravel)(jax.lax.optimization_barrier(rows))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
 
 # Streams of a run's key. Adding one at the end leaves earlier results as they are.
-INIT, BYZANTINE, COHORT, TRAIN, POISON, ATTACK, AGGREGATE, ROOT, DEFENSE = range(9)
-PRETRAIN = 9
+INIT, BYZANTINE, COHORT, TRAIN, POISON = range(5)
+ATTACK, AGGREGATE, ROOT, DEFENSE, PRETRAIN = range(5, 10)
 
 
 class RoundState(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.aggregators.common import weighted_sum
-from fedjax_sim.pytrees import participants, ravel, ravel_clients
+from fedjax_sim.pytrees import participants, ravel, unraveler
 from fedjax_sim.registry import check_type
 from fedjax_sim.types import (
     Aggregator,
@@ -75,8 +75,10 @@ def chain(*steps: PreAggregator | Aggregator) -> Aggregator:
         return rule.init(ravel(params), num_clients)
 
     def pretrain(params: Params, key: Array, train: Train) -> PyTree:
+        unravel = unraveler(params)
+
         def train_flat(key: Array, vector: Array) -> Array:
-            return ravel(train(key, _like(params, vector)))
+            return ravel(train(key, unravel(vector)))
 
         assert rule.pretrain is not None
         return rule.pretrain(ravel(params), key, train_flat)
@@ -164,14 +166,9 @@ def _flat(context: RoundContext) -> RoundContext:
         vectors[field] = None if tree is None else ravel(tree)
     params, scores = context.params, context.root_scores
     if scores is not None and params is not None:
-        vectors["root_scores"] = lambda vector: scores(_like(params, vector))
+        unravel = unraveler(params)
+        vectors["root_scores"] = lambda vector: scores(unravel(vector))
     return context._replace(**vectors)
-
-
-def _like(params: Params, vector: Array) -> Params:
-    """The vector ``[d]`` in the structure of the parameters."""
-    _, unravel = ravel_clients(jax.tree.map(lambda p: jnp.asarray(p)[None], params))
-    return unravel(vector)
 
 
 def _with_key(seen: RoundContext, context: RoundContext, step: int) -> RoundContext:

@@ -16,7 +16,7 @@ from fedjax_sim.aggregators.common import check_cohort
 from fedjax_sim.aggregators.dnc import draw_columns
 from fedjax_sim.aggregators.reaggregation import BASES, check_base, validate_base
 from fedjax_sim.distances import lowest
-from fedjax_sim.pytrees import ravel, ravel_clients
+from fedjax_sim.pytrees import ravel, unraveler
 from fedjax_sim.registry import check_count, check_number, lookup, require
 from fedjax_sim.types import Array, Params, PyTree, RoundContext, Train
 
@@ -97,7 +97,7 @@ def snapshots(
 
     One training starts where the last one ended. In ``update`` space: what each added.
     """
-    _, unravel = ravel_clients(jax.tree.map(lambda w: jnp.asarray(w)[None], params))
+    unravel = unraveler(params)
 
     def one(w: Array, key: Array) -> tuple[Array, Array]:
         update = ravel(train(key, unravel(w)))
