@@ -10,7 +10,7 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results, runner, specs
-from experiments.results import tail
+from experiments.results import evaluated, tail
 from fedjax_sim.report import mean_and_spread
 
 EXCLUSION_NOTE = (
@@ -433,9 +433,7 @@ def _plots(
 ) -> dict[str, Any]:
     def lines(systems: Mapping[str, str], field: str, who: str) -> dict[str, Any]:
         return {
-            label: _evaluated(
-                histories[name], client_means(histories[name], field, who)
-            )
+            label: evaluated(histories[name], client_means(histories[name], field, who))
             for label, name in systems.items()
         }
 
@@ -479,8 +477,3 @@ def _plots(
         marks=[cells[first].start],
     )
     return plots
-
-
-def _evaluated(history: fs.History, values: np.ndarray) -> tuple[Any, Any]:
-    known = np.isfinite(values).any(axis=0)
-    return np.asarray(history.round)[0][known], values[:, known]

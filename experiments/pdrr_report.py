@@ -10,7 +10,7 @@ from rich.console import Console
 import fedjax_sim as fs
 from experiments import results, runner, specs
 from experiments.pdrr_time import Times
-from experiments.results import tail
+from experiments.results import evaluated, tail
 from fedjax_sim.report import mean_and_spread
 
 BASES = {"krum": "Krum", "trimmed_mean": "trimmed mean", "median": "median"}
@@ -430,7 +430,10 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
             plots[f"scores_{base}"] = fs.report.score_plot(
                 detectors, at=1, title=f"attack on {label}, round 1"
             )
-            lines = {SCHEMES[s]: _errors(h) for s, h in schemes.items()}
+            lines = {
+                SCHEMES[s]: evaluated(h, 1.0 - np.asarray(h.accuracy, float))
+                for s, h in schemes.items()
+            }
             plots[f"error_{base}"] = fs.report.line_plot(
                 lines, "test error", title=f"attack on {label}"
             )
@@ -453,9 +456,3 @@ def _first_seed(history: fs.History) -> fs.History:
     if np.ndim(history.round) == 1:
         return history
     return jax.tree.map(lambda x: x[0], history)
-
-
-def _errors(history: fs.History) -> tuple[np.ndarray, np.ndarray]:
-    accuracy = np.atleast_2d(np.asarray(history.accuracy, float))
-    known = np.isfinite(accuracy).any(axis=0)
-    return np.atleast_2d(history.round)[0][known], 1.0 - accuracy[:, known]

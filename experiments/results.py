@@ -191,6 +191,18 @@ def tail(values: Any) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def evaluated(history: fs.History, values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds ``[E]`` in which there is any value, and the values ``[seeds, E]`` there.
+
+    Args:
+        history: of one seed or several.
+        values: ``[R]`` or ``[seeds, R]``, not finite where a round was not evaluated.
+    """
+    values = np.atleast_2d(np.asarray(values, float))
+    known = np.isfinite(values).any(axis=0)
+    return np.atleast_2d(history.round)[0][known], values[:, known]
+
+
 def publish(
     config: Any,
     result: Any,

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results, runner, specs
-from experiments.results import tail
+from experiments.results import evaluated, tail
 from fedjax_sim.report import mean_and_spread
 
 LABELS = {
@@ -303,13 +303,7 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
             ("accuracy", "test accuracy"),
             ("attack_success", "attack success rate"),
         ):
-            lines = {n: _evaluated(h, field) for n, h in systems.items()}
+            lines = {n: evaluated(h, getattr(h, field)) for n, h in systems.items()}
             title = LABELS[attack]
             plots[f"{attack}_{field}"] = fs.report.line_plot(lines, label, title=title)
     return plots
-
-
-def _evaluated(history: fs.History, field: str) -> tuple[np.ndarray, np.ndarray]:
-    values = np.atleast_2d(np.asarray(getattr(history, field), float))
-    known = np.isfinite(values).any(axis=0)
-    return np.atleast_2d(history.round)[0][known], values[:, known]

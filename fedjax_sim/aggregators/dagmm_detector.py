@@ -8,26 +8,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import assumed_counts
 from fedjax_sim.aggregators.pretraining import (
     View,
-    check_learned,
     check_pretraining,
     check_rate,
+    detector,
     finite_scores,
     fit,
     highest,
     learn_view,
-    look,
-    untrained,
-    validate_detector,
 )
-from fedjax_sim.aggregators.reaggregation import aggregate_kept, base_distances
-from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_number
 from fedjax_sim.types import (
     Aggregator,
-    AggregatorInfo,
     Array,
     Params,
     PyTree,
@@ -222,31 +215,15 @@ def dagmm_detector(
     def module(size: int) -> DAGMM:
         return DAGMM(size, hidden, latent, estimator, components)
 
-    def validate(cohort_size: int) -> None:
-        validate_detector("dagmm_detector", base, cohort_size, max_byzantine)
-
-    def apply(
-        updates: PyTree, state: DAGMMState, context: RoundContext
-    ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        check_learned("dagmm_detector", state, DAGMMState)
-        U, mask, unravel = participants(updates, context, zero=False)
-        validate(len(U))
-        num_rows, f = assumed_counts(mask, max_byzantine)
-        x = look("dagmm_detector", state.view, U, mask, context, space)
+    def judge(
+        state: DAGMMState, x: Array, mask: Array, f: Array, context: RoundContext
+    ) -> tuple[Array, Array]:
         found: Any = module(x.shape[1]).apply({"params": state.net}, x, train=False)
         scores = finite_scores(energies(found[1], state.mixture))
         if reject == "count":
-            removed = highest(scores, mask, f)
-        else:
-            share = 1.0 - f / jnp.maximum(num_rows, 1)
-            removed = mask & (scores > jnp.quantile(state.energies, share))
-        keep = mask & ~removed
-        distances = base_distances(base, U, mask)
-        aggregate, weights = aggregate_kept(
-            base, U, keep, max_byzantine, distances, context
-        )
-        info = AggregatorInfo(weights, ~keep, jnp.where(mask, scores, jnp.inf))
-        return unravel(aggregate), state, info
+            return scores, highest(scores, mask, f)
+        share = 1.0 - f / jnp.maximum(mask.sum(), 1)
+        return scores, mask & (scores > jnp.quantile(state.energies, share))
 
     pretrain = _pretraining(
         module(0),
@@ -258,9 +235,8 @@ def dagmm_detector(
         num_steps,
         learning_rate,
     )
-    needs = frozenset({"params"} if space == "weights" else ())
-    return Aggregator(
-        untrained("dagmm_detector"), apply, validate, needs, "dagmm_detector", pretrain
+    return detector(
+        "dagmm_detector", max_byzantine, base, space, DAGMMState, pretrain, judge
     )
 
 

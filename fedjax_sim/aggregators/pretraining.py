@@ -12,13 +12,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_sim.aggregators.common import check_cohort
+from fedjax_sim.aggregators.common import assumed_counts, check_cohort
 from fedjax_sim.aggregators.dnc import draw_columns
-from fedjax_sim.aggregators.reaggregation import BASES, check_base, validate_base
+from fedjax_sim.aggregators.reaggregation import (
+    BASES,
+    aggregate_kept,
+    base_distances,
+    check_base,
+    validate_base,
+)
 from fedjax_sim.distances import lowest
-from fedjax_sim.pytrees import ravel, unraveler
+from fedjax_sim.pytrees import participants, ravel, unraveler
 from fedjax_sim.registry import check_count, check_number, lookup, require
-from fedjax_sim.types import Array, Params, PyTree, RoundContext, Train
+from fedjax_sim.types import (
+    Aggregator,
+    AggregatorInfo,
+    Array,
+    Params,
+    PyTree,
+    RoundContext,
+    Train,
+)
 
 SPACES = {"weights": "models, w + u", "update": "updates, u"}
 # A coordinate that hardly moved in pre-training is divided by this part of the mean
@@ -61,33 +75,63 @@ def check_pretraining(
         check_count(f"{rule}'s {name}", value, 1)
 
 
-def validate_detector(
-    rule: str, base: str, cohort_size: int, max_byzantine: int
-) -> None:
-    """ValueError unless the base works on the cohort, and f clients leave some."""
-    validate_base(rule, base, cohort_size, max_byzantine)
-    check_cohort(rule, cohort_size, max_byzantine, factor=1, more=1)
+def detector(
+    rule: str,
+    max_byzantine: int,
+    base: str,
+    space: str,
+    state_type: Any,
+    pretrain: Callable[[Params, Array, Train], PyTree],
+    judge: Callable[..., tuple[Array, Array]],
+    needs: frozenset[str] = frozenset(),
+) -> Aggregator:
+    """The rule that removes whom a learned network does not know.
 
-
-_UNTRAINED = (
-    "{rule} has to be pre-trained: its state comes from pretrain(params, key, train), "
-    "which Simulation calls with the server's root dataset, and not from init."
-)
-
-
-def untrained(rule: str) -> Callable[[Params, int], PyTree]:
-    """The ``init`` of a rule that has to be pre-trained: it refuses."""
+    Args:
+        rule: its name.
+        max_byzantine: f.
+        base: for those who are left.
+        space: what the network looks at.
+        state_type: of what was learned, which has a ``view``.
+        pretrain: as of an ``Aggregator``.
+        judge: ``(state, x [n, c], mask, f, context) -> (scores [n], removed bool
+            [n])``; f is what is left of it where rows were left out.
+        needs: context fields besides those of the space.
+    """
+    untrained = (
+        f"{rule} has to be pre-trained: its state comes from pretrain(params, key, "
+        "train), which Simulation calls with the server's root dataset, and not from "
+        "init."
+    )
 
     def init(params: Params, num_clients: int) -> PyTree:
-        raise ValueError(_UNTRAINED.format(rule=rule))
+        raise ValueError(untrained)
 
-    return init
+    def validate(cohort_size: int) -> None:
+        validate_base(rule, base, cohort_size, max_byzantine)
+        # Whoever is removed, somebody is left.
+        check_cohort(rule, cohort_size, max_byzantine, factor=1, more=1)
 
+    def apply(
+        updates: PyTree, state: Any, context: RoundContext
+    ) -> tuple[PyTree, PyTree, AggregatorInfo]:
+        if not isinstance(state, state_type):
+            raise ValueError(untrained)
+        U, mask, unravel = participants(updates, context, zero=False)
+        validate(len(U))
+        _, f = assumed_counts(mask, max_byzantine)
+        x = look(rule, state.view, U, mask, context, space)
+        scores, removed = judge(state, x, mask, f, context)
+        keep = mask & ~removed
+        distances = base_distances(base, U, mask)
+        aggregate, weights = aggregate_kept(
+            base, U, keep, max_byzantine, distances, context
+        )
+        info = AggregatorInfo(weights, ~keep, jnp.where(mask, scores, jnp.inf))
+        return unravel(aggregate), state, info
 
-def check_learned(rule: str, state: PyTree, kind: type) -> None:
-    """Refuses a state that is not what pre-training gives."""
-    if not isinstance(state, kind):
-        raise ValueError(_UNTRAINED.format(rule=rule))
+    needs |= {"params"} if space == "weights" else set()
+    return Aggregator(init, apply, validate, needs, rule, pretrain)
 
 
 def snapshots(

@@ -8,26 +8,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import assumed_counts
 from fedjax_sim.aggregators.pretraining import (
     View,
-    check_learned,
     check_pretraining,
     check_rate,
+    detector,
     finite_scores,
     fit,
     highest,
     learn_view,
-    look,
-    untrained,
-    validate_detector,
 )
-from fedjax_sim.aggregators.reaggregation import aggregate_kept, base_distances
-from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, lookup, require
 from fedjax_sim.types import (
     Aggregator,
-    AggregatorInfo,
     Array,
     Params,
     PyTree,
@@ -186,9 +179,6 @@ def vae_detector(
     draws = check_count("vae_detector's draws", draws, 0)
     learning_rate = check_rate("vae_detector", learning_rate)
 
-    def validate(cohort_size: int) -> None:
-        validate_detector("vae_detector", base, cohort_size, max_byzantine)
-
     def score(state: VAEState, x: Array, context: RoundContext) -> Array:
         if learner == "pca":
             return residuals(x, state.net)
@@ -206,26 +196,13 @@ def vae_detector(
         key = require("vae_detector with draws", context, "key")
         return jax.lax.map(one, jax.random.split(key, draws)).mean(axis=0)
 
-    def apply(
-        updates: PyTree, state: VAEState, context: RoundContext
-    ) -> tuple[PyTree, PyTree, AggregatorInfo]:
-        check_learned("vae_detector", state, VAEState)
-        U, mask, unravel = participants(updates, context, zero=False)
-        validate(len(U))
-        _, f = assumed_counts(mask, max_byzantine)
-        x = look("vae_detector", state.view, U, mask, context, space)
+    def judge(
+        state: VAEState, x: Array, mask: Array, f: Array, context: RoundContext
+    ) -> tuple[Array, Array]:
         scores = finite_scores(score(state, x, context))
         if reject == "count":
-            removed = highest(scores, mask, f)
-        else:
-            removed = above_mean(scores, mask)
-        keep = mask & ~removed
-        distances = base_distances(base, U, mask)
-        aggregate, weights = aggregate_kept(
-            base, U, keep, max_byzantine, distances, context
-        )
-        info = AggregatorInfo(weights, ~keep, jnp.where(mask, scores, jnp.inf))
-        return unravel(aggregate), state, info
+            return scores, highest(scores, mask, f)
+        return scores, above_mean(scores, mask)
 
     pretrain = _pretraining(
         learner,
@@ -237,15 +214,16 @@ def vae_detector(
         num_steps,
         learning_rate,
     )
-    needs = {"params"} if space == "weights" else set()
-    needs |= {"key"} if draws else set()
-    return Aggregator(
-        untrained("vae_detector"),
-        apply,
-        validate,
-        frozenset(needs),
+    needs = frozenset({"key"} if draws else ())
+    return detector(
         "vae_detector",
+        max_byzantine,
+        base,
+        space,
+        VAEState,
         pretrain,
+        judge,
+        needs,
     )
 
 
