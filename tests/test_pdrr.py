@@ -225,16 +225,28 @@ def test_presets_have_the_paper_s_constants():
         (("--attackers", "25"), "to 24, so that one of 25 clients is honest; got 25"),
         (("--attackers", "13", "--parts", "schemes"), r"needs cohort_size >= 2 \* max"),
         (("--counts", "5", "5"), "--counts needs each value once"),
-        (("--counts", "10"), "--counts needs other numbers than --attackers, 10"),
-        (("--counts", "2"), "--counts must be from 3, without which .*; got 2"),
+        (
+            ("--parts", "counts", "--counts", "10"),
+            "--counts needs other numbers than --attackers, 10",
+        ),
+        (
+            ("--parts", "counts", "--counts", "2"),
+            "--counts must be from 3, without which .*; got 2",
+        ),
         (("--parts", "schemes", "schemes"), "--parts needs each value once"),
         (("--parts", "time"), "--parts needs schemes where it has time; got time"),
-        (("--beta", "10"), "--beta must be from 0 to 9, below the attackers"),
+        (
+            ("--parts", "counts", "--beta", "10"),
+            "--beta must be from 0 to 9, below the attackers",
+        ),
         (("--q-krum", "1.5"), r"--q-krum must be a finite number in \[0, 1\]; got 1"),
         (("--q-trimmed-mean", "nan"), "--q-trimmed-mean must be a finite number"),
         (("--stop", "0"), r"--stop must be a finite number in \(0, inf\)"),
         (("--b", "1"), r"--b must be a finite number in \(1, inf\)"),
-        (("--partitions", "label_bias(q=0.5)"), "--partitions needs others than"),
+        (
+            ("--parts", "partitions", "--partitions", "label_bias(q=0.5)"),
+            "--partitions needs others than",
+        ),
         (
             ("--parts", "partitions", "--partitions", "dirichlet"),
             "dirichlet: .*alpha",
