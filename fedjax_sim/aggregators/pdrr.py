@@ -114,20 +114,17 @@ def pdrr(max_byzantine: int, base: str = "krum", q: float | None = None) -> Aggr
                 index = columns - index
         index = jnp.where(mask, index, 0.0)
         largest = jnp.where(mask, index, -jnp.inf).max()
+        # Where the largest index is 0 everybody has it, and everybody is flagged.
+        most = jnp.where(largest > 0, largest, 1.0)
+        share = jnp.where(index < largest, index / most, 1.0)
         if base == "median":
-            flagged = index <= (1.0 - q) * largest
-        else:
-            flagged = index >= q * largest
+            share = jnp.where(largest > 0, 1.0 - share, 1.0)
 
-        keep = mask & ~flagged
+        keep = mask & ~(share >= q)
         second, weights = aggregate_kept(
             base, U, keep, max_byzantine, distances, context
         )
         aggregate = jnp.where(keep.any(), second, first)
-        # Where the largest index is 0 everybody has it, and everybody is flagged.
-        share = jnp.where(largest > 0, index / jnp.where(largest > 0, largest, 1), 1.0)
-        if base == "median":
-            share = jnp.where(largest > 0, 1.0 - share, 1.0)
         info = AggregatorInfo(
             weights,
             flagged=~keep,
