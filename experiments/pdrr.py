@@ -365,8 +365,8 @@ def check(config: Config) -> None:
         )
     if "counts" in config.parts and not 0 <= config.beta < max(assumed(config), 1):
         raise ValueError(
-            f"--beta must be from 0 to {assumed(config) - 1}, below the attackers that "
-            f"rules assume; got {config.beta}."
+            f"--beta must be from 0 to {max(assumed(config), 1) - 1}, below the "
+            f"attackers that rules assume ({assumed(config)}); got {config.beta}."
         )
     for base in BASES:
         flag = f"--q-{base.replace('_', '-')}"
@@ -385,10 +385,18 @@ def check(config: Config) -> None:
 
 
 def needing_root(config: Config) -> list[str]:
-    """The schemes that need samples of the server's own."""
-    if "schemes" not in config.parts:
-        return []
-    return [scheme for scheme in config.schemes if scheme != PDRR]
+    """The schemes, and other attacks, that need samples of the server's own."""
+    found: list[str] = []
+    if "schemes" in config.parts:
+        found += [scheme for scheme in config.schemes if scheme != PDRR]
+    if "others" in config.parts:
+        attacks = {a: specs.make_attack(a, specs.ANY_CLASSES) for a in config.others}
+        found += [
+            a
+            for a, made in attacks.items()
+            if made.on_updates and made.on_updates.needs_root
+        ]
+    return found
 
 
 def make_phases(config: Config) -> tuple[list[runner.Phase], str]:

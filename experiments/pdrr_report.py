@@ -413,13 +413,14 @@ def other_table(by_cell: Mapping[Any, fs.History]) -> fs.report.Table:
             own = found[attack, base, "pdrr"]
             pair = _pair(own, found[attack, base, "none"])
             cells.append(f"{alarms(own)}; {pair}")
-        rows.append((specs.parse(attack)[0].name, *cells))
+        rows.append((attack, *cells))
     return fs.report.Table(("attack", *BASES.values()), rows)
 
 
 def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
     plots: dict[str, Any] = {}
     for base, label in BASES.items():
+        q = getattr(config, f"q_{base}")
         schemes = _schemes(by_cell, base)
         detectors = {
             SCHEMES[scheme]: _first_seed(history)
@@ -428,11 +429,20 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
         }
         if detectors:
             plots[f"scores_{base}"] = fs.report.score_plot(
-                detectors, at=1, title=f"attack on {label}, round 1"
+                detectors,
+                at=1,
+                title=f"attack on {label}, round 1",
+                marks={SCHEMES["pdrr"]: q},
             )
+            shown = {SCHEMES[s]: h for s, h in schemes.items()} | {
+                f"no attack, {SCHEMES['none']}": h
+                for c, h in by_cell.items()
+                if (c.part, c.base, c.scheme, c.attack)
+                == ("schemes", base, "none", specs.NO_ATTACK)
+            }
             lines = {
-                SCHEMES[s]: evaluated(h, 1.0 - np.asarray(h.accuracy, float))
-                for s, h in schemes.items()
+                name: evaluated(h, 1.0 - np.asarray(h.accuracy, float))
+                for name, h in shown.items()
             }
             plots[f"error_{base}"] = fs.report.line_plot(
                 lines, "test error", title=f"attack on {label}"
@@ -448,6 +458,10 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
                 ranges, "q without a mistake", title=f"attack on {label}"
             )
             figure.axes[0].set_ylim(0.0, 1.03)
+            # The q of the run.
+            figure.axes[0].axhline(
+                q, color="black", linewidth=0.6, linestyle=(0, (4, 2))
+            )
             plots[f"thresholds_{base}"] = figure
     return plots
 

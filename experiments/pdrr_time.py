@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from fedjax_sim.evaluation import make_root_scores
 from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
 
 REPEATS = 5
+FILE = "detection_seconds.json"
 
 # base -> scheme -> seconds
 Times = dict[str, dict[str, float]]
@@ -36,10 +38,12 @@ def measure(
         schemes: the attacked systems by base and scheme.
         console: for a line that says so.
     """
-    path = config.out / "detection_seconds.json"
+    path = config.out / FILE
     if path.exists():
-        found: Times = json.loads(path.read_text())
-        return found
+        found = read(path)
+        if found is not None:
+            return found
+        console.print(f"{path} is damaged: measuring again")
     times: Times = {}
     if schemes:
         console.print("timing one detection of every scheme")
@@ -50,6 +54,18 @@ def measure(
             times[base][scheme] = seconds(sim, *sent[base])
     write_atomically(path, json.dumps(times, indent=2) + "\n")
     return times
+
+
+def read(path: Path) -> Times | None:
+    """What ``measure`` wrote; None where the file holds anything else."""
+    try:
+        found = json.loads(path.read_text())
+        return {
+            base: {scheme: float(took) for scheme, took in own.items()}
+            for base, own in found.items()
+        }
+    except (ValueError, AttributeError, TypeError, OSError):
+        return None
 
 
 def first_round(

@@ -254,6 +254,10 @@ def run_study(config: Any, phases: Sequence[Phase], console: Console) -> Result:
     states: dict[str, fs.RoundState] = {}
     for phase in phases:
         comparison = fs.compare(phase.systems)
+        rules = [sim.aggregator for sim in phase.systems.values()]
+        learning = sorted({rule.name for rule in rules if rule.pretrain})
+        if learning:
+            console.print(f"{phase.name}: {', '.join(learning)} learn from the root")
         if phase.fork_from is None:
             start = comparison.init(key)
         else:
@@ -467,7 +471,7 @@ def latest_accuracies(histories: Mapping[str, fs.History]) -> str:
     if len(parts) > FEW:
         low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
         parts = [
-            f"{len(parts)} systems from {found[low]:.3f} ({low})",
+            f"accuracy of {len(parts)} systems from {found[low]:.3f} ({low})",
             f"to {found[high]:.3f} ({high}),",
             f"median {np.median(list(found.values())):.3f}",
         ]

@@ -33,6 +33,7 @@ from fedjax_sim.types import (
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Simulation
+    from fedjax_sim.state import RoundState
 
 INFO_TYPES = {"weights": jnp.floating, "flagged": jnp.bool_, "scores": jnp.floating}
 # What ``cohorts.left_out`` counts, beside the info of a client defense.
@@ -286,20 +287,32 @@ def check_root(sim: "Simulation") -> None:
     """The root dataset is there when it is needed, and can be trained on.
 
     Raises:
-        ValueError: it is missing, or smaller than a batch.
+        ValueError: it is missing, smaller than a batch, or holds a NaN or infinity.
     """
     if sim.root is None:
         if sim.needs_root:
+            by_rule = sim.aggregator.needs_root or sim.attack is None
+            who = sim.aggregator if by_rule else sim.attack
             raise ValueError(
-                f"{sim.aggregator.name} needs a root dataset; got root=None. Pass "
-                "root=, from fs.data.federate(..., root_size=100)."
+                f"{who.name} needs a root dataset; got root=None. Pass root=, from "
+                "fs.data.federate(..., root_size=100)."
             )
         if sim.root_steps is not None:
             raise ValueError(
                 f"root_steps={sim.root_steps}, but there is no root dataset. Pass "
-                "root=, or drop root_steps."
+                "root=, or drop root_steps (root_steps=None, where "
+                "dataclasses.replace drops the root)."
             )
         return
+    inputs = np.asarray(sim.root.inputs)
+    if not np.isfinite(inputs.sum(dtype=np.float64)):
+        finite = np.isfinite(inputs.reshape(len(inputs), -1)).all(axis=1)
+        bad = np.flatnonzero(~finite)
+        raise ValueError(
+            f"{len(bad)} of {len(inputs)} samples of the root dataset hold a NaN or "
+            f"infinity, the first is sample {bad[0]}: the server would learn nothing "
+            "from them. Leave them out."
+        )
     try:
         sim.client_update.validate(np.array([len(sim.root.targets)]))
     except ValueError as error:
@@ -307,6 +320,30 @@ def check_root(sim: "Simulation") -> None:
             f"the root dataset of {len(sim.root.targets)} samples cannot be trained on "
             f"as a client is: {error}"
         ) from None
+
+
+def check_learned(
+    sims: Mapping[str, "Simulation"], states: Mapping[str, "RoundState"]
+) -> None:
+    """What rules have learned before the first round is finite.
+
+    Raises:
+        ValueError: a rule's own training, or that on the root dataset, diverged.
+    """
+    for name, sim in sims.items():
+        learned = states[name].aggregator
+        if sim.aggregator.pretrain is None:
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(learned):
+            if isinstance(leaf, jax.core.Tracer):  # only shapes are asked for
+                return
+            if not jnp.isfinite(leaf).all():
+                raise ValueError(
+                    f"{sim.aggregator.name} ({name}) has learned nothing before the "
+                    f"first round: {jax.tree_util.keystr(path)} of its state holds a "
+                    "NaN or infinity. Lower the rate of the clients' training, with "
+                    "which the server trains too, or the rule's learning_rate."
+                )
 
 
 def check_plugins(sim: "Simulation", cohort: int) -> None:

@@ -265,11 +265,12 @@ def score_plot(
     field: str = "scores",
     path: str | Path | None = None,
     title: str | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> Figure:
     """What rules think of each client in one round: a panel per rule, a bar per client.
 
     Byzantine clients stand on the left, in a colour of their own; within either group
-    clients are ordered by id.
+    clients are ordered by id. A panel in which all clients have the same says so.
 
     Args:
         histories: system name to history of one seed.
@@ -278,6 +279,7 @@ def score_plot(
             that is not finite has no bar.
         path: where to save the figure as well; the suffix decides the format.
         title: above the first panel.
+        marks: system name to a value to mark with a thin line, such as a threshold.
 
     Returns:
         The figure, one paper column wide, 200 dpi.
@@ -326,8 +328,24 @@ def score_plot(
                 width=0.8,
                 color=[COLOURS[int(x)] for x in liar[order][shown]],
             )
+            axes.set_xlim(0.4, len(order) + 0.6)
             axes.grid(visible=False, axis="x")
             axes.set_title(name, loc="left", pad=2)
+            if marks and name in marks:
+                axes.axhline(
+                    marks[name], color="black", linewidth=0.6, linestyle=(0, (4, 2))
+                )
+            if shown.sum() > 1 and np.ptp(heights[shown]) == 0:
+                axes.text(
+                    0.98,
+                    0.8,
+                    f"all {heights[shown][0]:.3g}",
+                    ha="right",
+                    va="center",
+                    fontsize=7,
+                    transform=axes.transAxes,
+                )
+        figure.supylabel(field.removesuffix("s"), fontsize=8)
         panels[-1].set_xlabel("client, the Byzantine ones first")
         colours = [Patch(color=COLOURS[i]) for i in (0, 1)]
         figure.set_figheight(figure.get_figheight() + 0.16)
@@ -383,7 +401,8 @@ def range_plot(
                 (high - low)[there],
                 bottom=low[there],
                 width=0.85 * width,
-                color=COLOURS[index % len(COLOURS)],
+                # Not the two colours that elsewhere stand for honest and Byzantine.
+                color=COLOURS[(index + 2) % len(COLOURS)],
                 label=name,
             )
         axes.set_xticks(range(len(rounds[0])), [str(at) for at in rounds[0]])

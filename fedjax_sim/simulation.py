@@ -208,7 +208,9 @@ class Simulation:
             return fresh_states({name: self}, params, key, round, root)[name]
 
         one = jax.vmap(one) if state.key.ndim else one
-        return jax.jit(one)(state.params, state.key, state.round)
+        forked = jax.jit(one)(state.params, state.key, state.round)
+        checks.check_learned({name: self}, {name: forked})
+        return forked
 
     def step(self, state: RoundState) -> tuple[RoundState, History]:
         """One round, evaluated; jit-compiled."""
@@ -385,7 +387,12 @@ class Comparison:
         )
 
     def init(self, key: Array) -> dict[str, RoundState]:
-        """Every system's state before round 0, from the same key (``[s]``: s seeds)."""
+        """Every system's state before round 0, from the same key (``[s]``: s seeds).
+
+        Raises:
+            TypeError: no key.
+            ValueError: what a rule learned before the first round is not finite.
+        """
         dtype: Any = getattr(key, "dtype", None)
         if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
             raise TypeError(
@@ -401,7 +408,9 @@ class Comparison:
             if key.ndim
             else (draw, jax.random.fold_in)
         )
-        return self._fresh(draw(fold(key, INIT)), key, self.arrays.root)
+        states = self._fresh(draw(fold(key, INIT)), key, self.arrays.root)
+        checks.check_learned(self.systems, states)
+        return states
 
     def lower(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import pdrr, pdrr_report
+from experiments import pdrr, pdrr_report, pdrr_time
 from experiments.pdrr import Cell, Config, cells, parse
 
 SMALL = (
@@ -51,7 +51,7 @@ def test_a_run_writes_its_tables_plots_and_records(finished):
         assert (config.out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     found = json.loads((config.out / "summary.json").read_text())["systems"]
     assert set(found) == {cell.name for cell in cells(config)}
-    seconds = json.loads((config.out / "detection_seconds.json").read_text())
+    seconds = json.loads((config.out / pdrr_time.FILE).read_text())
     assert set(seconds) == set(pdrr.BASES)
     assert set(seconds["krum"]) == {"none", "err", "pdrr"}
     assert all(s > 0 for own in seconds.values() for s in own.values())
@@ -65,6 +65,17 @@ def test_reporting_again_measures_nothing_again(finished):
     before = (config.out / "summary.md").read_text()
     play(dataclasses.replace(config, resume=True))
     assert (config.out / "summary.md").read_text() == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"krum": 3}', '{"krum": {"err": "x"}}'])
+def test_damaged_times_are_measured_again(tmp_path, text, capsys):
+    (tmp_path / pdrr_time.FILE).write_text(text)
+    config = dataclasses.replace(Config(), out=tmp_path)
+    assert pdrr_time.measure(config, {}, Console()) == {}
+    assert f"{pdrr_time.FILE} is damaged" in capsys.readouterr().out.replace("\n", "")
+    assert (tmp_path / pdrr_time.FILE).read_text() == "{}\n"
+    assert pdrr_time.measure(config, {}, Console()) == {}
+    assert capsys.readouterr().out == ""
 
 
 def test_rates_in_the_tables_are_those_of_a_loop(finished):
@@ -243,6 +254,10 @@ def test_presets_have_the_paper_s_constants():
         (("--q-trimmed-mean", "nan"), "--q-trimmed-mean must be a finite number"),
         (("--stop", "0"), r"--stop must be a finite number in \(0, inf\)"),
         (("--b", "1"), r"--b must be a finite number in \(1, inf\)"),
+        (
+            ("--parts", "others", "--others", "fltrust_adaptive", "--root-size", "4"),
+            r"--root-size must be at least --batch-size \(5\), for fltrust_adaptive",
+        ),
         (
             ("--parts", "partitions", "--partitions", "label_bias(q=0.5)"),
             "--partitions needs others than",

@@ -310,8 +310,19 @@ def test_score_plot_puts_the_attackers_first(tmp_path):
     # Clients 3 and 0, by id; that of 0 is infinite and has no bar.
     figure = report.score_plot({"mad": TRUSTED}, 2)
     assert bars(figure.axes[0]) == [(2, 0, 3, honest)]
+    assert len(figure.axes[0].texts) == 0
     figure = report.score_plot({"mad": TRUSTED}, 3, field="trust")
     assert bars(figure.axes[0]) == [(1, 0, 0.5, liar), (2, 0, 0.6, honest)]
+
+
+def test_score_plot_marks_thresholds_and_says_where_all_scores_tie():
+    tied = TRUSTED._replace(scores=np.full_like(TRUSTED.scores, 0.25))
+    figure = report.score_plot({"a": TRUSTED, "b": tied}, 1, marks={"a": 0.5, "c": 1})
+    one, other = figure.axes
+    assert [line.get_ydata() for line in one.lines] == [[0.5, 0.5]]
+    assert (len(other.lines), len(one.texts)) == (0, 0)
+    assert [text.get_text() for text in other.texts] == ["all 0.25"]
+    assert figure.get_supylabel() == "score"
 
 
 def test_score_plot_of_what_is_not_there():
@@ -335,7 +346,7 @@ def test_range_plot_draws_what_is_a_range(tmp_path):
     }
     path = tmp_path / "ranges.pdf"
     axes = report.range_plot(ranges, "q", path, title="Krum").axes[0]
-    one, two = report.COLOURS[:2]
+    one, two = report.COLOURS[2:4]
     assert bars(axes) == [
         (-0.2, 0.1, 1.0, one),
         (0.2, 0.2, 0.9, two),

@@ -53,6 +53,12 @@ def examples(count, seed=1):
     return Examples(inputs, targets)
 
 
+def examples_with_nan(count):
+    found = examples(count)
+    found.inputs[4, 1], found.inputs[7] = np.nan, np.inf
+    return found
+
+
 SHARED = {
     "model": fs.models.mlp((4,), num_classes=L, hidden=()),
     "clients": make_clients(),
@@ -834,7 +840,16 @@ GOLDEN = {
             {"aggregator": fs.aggregators.fltrust(), "root": None},
             "needs a root dataset",
         ),
-        ({"root": None, "root_steps": 3}, "no root dataset"),
+        (
+            {
+                "attack": fs.attacks.fltrust_adaptive(),
+                "num_byzantine": 2,
+                "root": None,
+            },
+            "fltrust_adaptive needs a root dataset",
+        ),
+        ({"root": None, "root_steps": 3}, "no root dataset.*root_steps=None"),
+        ({"root": examples_with_nan(9)}, "^2 of 9 samples of the root .* sample 4:"),
         ({"root_steps": 0}, "root_steps must be an integer of at least 1"),
         ({"client_chunk": 0}, "client_chunk must be an integer of at least 1"),
         ({"clients": make_clients((6, 0, 6))}, "1 of 3 clients have no samples"),

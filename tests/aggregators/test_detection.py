@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_sim import aggregators as rules
-from fedjax_sim import attacks, evaluation
-from fedjax_sim.types import AggregatorInfo, RoundContext
+from fedjax_sim import attacks, evaluation, models
+from fedjax_sim.types import AggregatorInfo, Examples, RoundContext
 from tests.aggregators.bare import play
 from tests.aggregators.cases import cohort, context
 from tests.aggregators.tiny import ATTACK, samples, simulate
@@ -378,6 +378,23 @@ def test_attackers_are_rejected_on_the_root_dataset(rule):
     assert history.accuracy[-1] > 0.9
     with pytest.raises(ValueError, match=f"{rule.name} needs a root dataset"):
         simulate(rule, root=None)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_sample_on_which_the_model_answers_nan_counts_as_wrong(labels):
+    """Although its largest output would be that of class 0, or no label above 0."""
+    outputs = np.array([[5.0, -1, -1], [-1, np.nan, -1], [-1, -1, -np.inf], [1, 9, -1]])
+    classes, told = np.array([0, 1, 0, 1]), np.eye(3, dtype=int)[[0, 1, 0, 1]]
+    targets = classes if labels == 1 else told
+    task = "classification" if labels == 1 else "multilabel"
+    model = models.for_task(
+        models.Model(lambda key: jnp.zeros(()), lambda params, x: x + params), task
+    )
+    root = Examples(jnp.float32(outputs), jnp.int32(targets))
+    loss, error = evaluation.make_root_scores(model, root)(jnp.zeros(()))
+    assert not np.isfinite(loss)
+    # Half are broken. Of the last, the multilabel model says one label too many.
+    assert float(error) == pytest.approx(0.5 if labels == 1 else 0.5 + 0.25 / 3)
 
 
 @pytest.mark.parametrize(("count", "batch"), [(9, 4), (501, 500)])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fedjax_sim as fs
@@ -342,6 +343,18 @@ def test_a_chain_looks_at_the_same_coordinates():
     assert np.isfinite(history.scores).all()
     with pytest.raises(ValueError, match=r"chain|vae_detector has to be pre-trained"):
         chained.init(tree, 4)
+
+
+@every_learner
+def test_what_was_learned_must_be_finite(make):
+    """Instead of a detector that from then on finds everybody alike."""
+    wild = fs.local_sgd(optax.sgd(1e38), epochs=1, batch_size=4)
+    sim = simulate(make(2), client_update=wild)
+    with pytest.raises(ValueError, match=rf"^{make(2).name} .*learned nothing.* rate"):
+        sim.init(KEY)
+    calm = simulate(rules.fedavg()).init(KEY)
+    with pytest.raises(ValueError, match="learned nothing before the first round"):
+        sim.fork(calm)
 
 
 @every_learner
