@@ -75,6 +75,10 @@ def load_files(data_dir: Path) -> Dataset:
             f"got {'none' if missing.is_dir() else 'no such folder'}. Copy both "
             f"data/train and data/test of LEAF's data/femnist to {folder}."
         )
+    for path in (*train, *test):
+        if not path.is_file():
+            got = "a folder" if path.is_dir() else "a link to nothing"
+            raise _malformed(path, None, "a file", got)
     # With the word between them, a file that moves to the other part counts.
     key = fingerprint([*map(md5, train), "test", *map(md5, test)])
     return cache.cached("femnist", key, lambda: _decode(train, test, key))
@@ -279,7 +283,10 @@ def _part(paths: list[Path]) -> tuple[Examples, np.ndarray]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists in lists without end"
     return text if len(text) <= 60 else f"{text[:60]} ..."
 
 

@@ -147,6 +147,19 @@ class TestFemnist:
         with pytest.raises(ValueError, match=message):
             leaf.femnist(folder.parents[1])
 
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_what_is_no_file(self, folder, part):
+        path = folder / part / "x.json"
+        for make, got in (
+            (path.mkdir, "a folder"),
+            (lambda: path.symlink_to("x.json"), "a link to nothing"),
+        ):
+            make()
+            message = rf"{path} is damaged .*: expected a file; got {got}\."
+            with pytest.raises(ValueError, match=message):
+                leaf.femnist(folder.parents[1])
+            path.unlink() if path.is_symlink() else path.rmdir()
+
     def test_no_samples(self, folder):
         for path in (folder / "test").iterdir():
             write(path, file_of({"g": 0}))
@@ -389,6 +402,12 @@ def test_refuses_text(tmp_path, small, old, new, message):
     text = json.dumps(small)
     assert old in text
     refuses_text(tmp_path, text.replace(old, new), message)
+
+
+def test_refuses_endless_nesting(tmp_path, small):
+    deep = 5000 * "[" + 5000 * "]"
+    text = json.dumps(small).replace('["ann", "bob"]', f'["ann", {deep}]')
+    refuses_text(tmp_path, text, 'names in "users"; got lists in lists without end')
 
 
 def refuses_text(folder, text, message):
