@@ -35,7 +35,8 @@ def chain(*steps: PreAggregator | Aggregator) -> Aggregator:
     Returns:
         An ``Aggregator`` with the rule's memory, named as in ``"nnm+krum"``. What the
         rule says of its rows goes back to the clients by their shares in these rows:
-        weights are summed; a client is flagged if every row with a part of it is; its
+        weights are summed; a client is flagged if every row with a part of it is, so
+        that a detector behind ``nnm`` or ``bucketing`` flags few; its
         score is the lowest of these rows; details are averaged. A row's
         ``num_samples`` is the data behind it, each client's being divided among its
         rows; where every row belongs to a client it is the client's own.

@@ -155,14 +155,14 @@ def dagmm_detector(
         energy_weight: l1.
         covariance_weight: l2.
         num_coordinates: c, coordinates looked at, drawn once; all, if there are fewer.
-        num_snapshots: local trainings of the server, one after the other.
+        num_snapshots: local trainings of the server, one after the other; at least 2.
         num_steps: steps of Adam, each on all vectors.
         learning_rate: of Adam.
 
     Returns:
         An ``Aggregator`` that is pre-trained (see ``Aggregator.pretrain``). It needs
         ``params`` in weight space. Its state is a ``DAGMMState``. Removed clients are
-        flagged; scores are energies.
+        flagged; scores ``[n]`` are energies.
 
     Raises:
         ValueError: an option out of range; from ``init``, always; from ``validate``

@@ -65,7 +65,7 @@ def pdrr(max_byzantine: int, base: str = "krum", q: float | None = None) -> Aggr
         An ``Aggregator``. Weights are those of the second aggregation, all zero where
         everybody is flagged and the aggregate is that of the first. Scores are the
         index over its maximum, of the median 1 minus that: who has a score of q or more
-        is flagged. Details: ``index``.
+        is flagged. Details: ``index``, ``[n]``.
 
     Raises:
         ValueError: an option out of range; from ``validate`` where the base cannot

@@ -60,8 +60,8 @@ def err(max_byzantine: int, base: str = "fedavg") -> Aggregator:
 
     Returns:
         An ``Aggregator`` that needs ``params`` and ``root_scores``. Removed clients are
-        flagged; scores are the impact on the error rate; details are ``error_impact``
-        and ``loss_impact``.
+        flagged; scores ``[n]`` are the impact on the error rate; details are
+        ``error_impact`` and ``loss_impact``, ``[n]`` each.
 
     Raises:
         ValueError: an option out of range; from ``validate`` where the base cannot work
@@ -109,9 +109,13 @@ def lfr(max_byzantine: int, base: str = "fedavg") -> Aggregator:
         ValueError: as ``err``.
 
     Example:
-        >>> rule = lfr(max_byzantine=1, base="median")
-        >>> rule.name, sorted(rule.needs)
-        ('lfr', ['params', 'root_scores'])
+        >>> rule = lfr(max_byzantine=1)
+        >>> def scores(w):  # of a model that should be 1
+        ...     return jnp.square(w - 1).sum(), jnp.abs(w - 1).max()
+        >>> U = jnp.array([[1.0], [0.9], [1.1], [-5.0]])
+        >>> context = RoundContext(params=jnp.zeros(1), root_scores=scores)
+        >>> rule.apply(U, rule.init(U[0], 4), context)[2].flagged.tolist()
+        [False, False, False, True]
 
     References:
         M. Fang, X. Cao, J. Jia and N. Z. Gong, "Local model poisoning attacks to
@@ -141,8 +145,13 @@ def err_lfr(max_byzantine: int, base: str = "fedavg") -> Aggregator:
         ValueError: as ``err``.
 
     Example:
-        >>> err_lfr(max_byzantine=2, base="krum").name
-        'err_lfr'
+        >>> rule = err_lfr(max_byzantine=1)
+        >>> def scores(w):  # the loss asks for 4, the error rate for -1
+        ...     return jnp.square(w - 4).sum(), jnp.abs(w + 1).max()
+        >>> U = jnp.array([[1.0], [1.2], [9.0], [-5.0]])
+        >>> context = RoundContext(params=jnp.zeros(1), root_scores=scores)
+        >>> rule.apply(U, rule.init(U[0], 4), context)[2].flagged.tolist()
+        [False, False, True, True]
 
     References:
         M. Fang, X. Cao, J. Jia and N. Z. Gong, "Local model poisoning attacks to

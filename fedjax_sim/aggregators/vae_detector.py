@@ -125,23 +125,24 @@ def vae_detector(
             squared distance to the space of the first ``latent`` principal components.
         space: ``"weights"`` looks at models, ``"update"`` at updates.
         hidden: units of each of the two layers of encoder and decoder.
-        latent: size of the code; the study of PDRR has 100.
+        latent: size of the code; the study of PDRR has 100. With ``"pca"``, below
+            ``num_snapshots`` and the number of coordinates.
         draws: 0 decodes the mean of the code; otherwise the squared error is averaged
             over that many draws of it.
         num_coordinates: c, coordinates looked at, drawn once; all, if there are fewer.
-        num_snapshots: local trainings of the server, one after the other.
+        num_snapshots: local trainings of the server, one after the other; at least 2.
         num_steps: steps of Adam, each on all vectors.
         learning_rate: of Adam.
 
     Returns:
         An ``Aggregator`` that is pre-trained (see ``Aggregator.pretrain``). It needs
         ``params`` in weight space, and ``key`` with ``draws``. Its state is a
-        ``VAEState``. Removed clients are flagged.
+        ``VAEState``. Removed clients are flagged; scores ``[n]`` as above.
 
     Raises:
         ValueError: an option out of range; from ``init``, always; from ``validate``
-            where ``n <= f`` or the base cannot work; from ``apply``, a context field
-            missing.
+            where ``n <= f`` or the base cannot work; from ``pretrain``, more components
+            than coordinates; from ``apply``, a context field missing.
 
     Example:
         >>> rule = vae_detector(1, learner="pca", latent=1, space="update")
@@ -176,6 +177,12 @@ def vae_detector(
         num_steps=num_steps,
     )
     lookup("learner of vae_detector", learner, _LEARNERS)
+    if learner == "pca" and latent >= num_snapshots:
+        raise ValueError(
+            f"vae_detector's latent must be below num_snapshots ({num_snapshots}) for "
+            "the learner pca: around their mean, that many vectors lie in a space of "
+            f"{num_snapshots - 1} dimensions; got {latent}."
+        )
     draws = check_count("vae_detector's draws", draws, 0)
     learning_rate = check_rate("vae_detector", learning_rate)
 
@@ -246,6 +253,12 @@ def _pretraining(
             params, look_key, train, num_snapshots, num_coordinates, space
         )
         if learner == "pca":
+            if latent >= x.shape[1]:
+                raise ValueError(
+                    "vae_detector with the learner pca needs a latent below the "
+                    f"coordinates it looks at, {x.shape[1]}, or nothing is left out of "
+                    f"its space; got {latent}."
+                )
             return VAEState(view, principal_components(x, latent))
         module = VAE(x.shape[1], hidden, latent)
 

@@ -384,13 +384,18 @@ def test_what_is_refused_before_training(make):
         (vae, {"space": "weight"}, "Did you mean 'weights'"),
         (vae, {"learner": "ae"}, "learner of vae_detector.*pca"),
         (vae, {"latent": 0}, "vae_detector's latent"),
+        (
+            vae,
+            {"latent": 5, "num_snapshots": 5, "learner": "pca"},
+            r"latent must be below num_snapshots \(5\).* 4 dimensions; got 5",
+        ),
         (vae, {"draws": -1}, "vae_detector's draws"),
         (vae, {"learning_rate": 0}, "vae_detector's learning_rate"),
         (vae, {"num_coordinates": 0}, "vae_detector's num_coordinates"),
         (dagmm, {"base": "mean"}, "base of dagmm_detector.*fedavg"),
         (dagmm, {"reject": "mean"}, "reject of dagmm_detector.*count, quantile"),
         (dagmm, {"components": 0}, "dagmm_detector's components"),
-        (dagmm, {"num_snapshots": 0}, "dagmm_detector's num_snapshots"),
+        (dagmm, {"num_snapshots": 1}, "dagmm_detector's num_snapshots"),
         (dagmm, {"energy_weight": -1}, "dagmm_detector's energy_weight"),
         (dagmm, {"covariance_weight": np.inf}, "dagmm_detector's covariance_weight"),
     ],
@@ -398,3 +403,11 @@ def test_what_is_refused_before_training(make):
 def test_options(factory, options, message):
     with pytest.raises(ValueError, match=message):
         factory(**{"max_byzantine": 1} | options)
+
+
+def test_components_are_fewer_than_the_coordinates_looked_at():
+    rule = pca(1, latent=4, num_coordinates=4)
+    with pytest.raises(ValueError, match=r"latent below .*looks at, 4, .*; got 4"):
+        rule.pretrain(jnp.zeros(9), KEY, turning(9))
+    state = pca(1, latent=3, num_coordinates=4).pretrain(jnp.zeros(9), KEY, turning(9))
+    assert state.net.shape == (3, 4)
