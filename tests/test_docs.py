@@ -10,6 +10,8 @@ import textwrap
 import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import nbclient
 import nbformat
 import numpy as np
@@ -17,7 +19,9 @@ import pytest
 from rich.console import Console
 
 from experiments import attack_matrix
-from fedjax_sim.types import RoundContext
+from fedjax_sim.pytrees import ravel
+from fedjax_sim.registry import require
+from fedjax_sim.types import Array, Params, PyTree, RoundContext, Train
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -126,6 +130,41 @@ def test_contributing_s_skeletons_work_as_they_are():
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
+
+
+def test_contributing_s_fragments_work_in_a_rule():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+
+    def run(start, **scope):
+        (code,) = [c for c in map(textwrap.dedent, blocks) if c.startswith(start)]
+        exec(compile(code, "CONTRIBUTING.md", "exec"), scope)
+        return scope
+
+    def scores(w):
+        return jnp.square(w - 1).sum(), jnp.float32(0)
+
+    context = RoundContext(params=jnp.zeros(1), root_scores=scores)
+    U, mask = jnp.array([[0.5], [-1.0], [jnp.nan]]), jnp.array([True, True, False])
+    shared = {"jax": jax, "jnp": jnp, "PyTree": PyTree}
+    found = run(
+        "# in apply",
+        **shared,
+        **{"require": require, "context": context, "U": U, "mask": mask},
+        unravel=lambda u: u,
+    )
+    assert found["worse"].tolist() == [False, True, True]
+    fragment = run(
+        "def pretrain", **shared, Params=Params, Array=Array, Train=Train, ravel=ravel
+    )
+
+    def train(key, params):
+        return params * jax.random.uniform(key)
+
+    state = fragment["pretrain"](3.0 * jnp.ones(1), jax.random.key(0), train)
+    assert 1 < state < 3
+    with pytest.raises(ValueError, match="mine has to be pre-trained"):
+        fragment["init"](jnp.ones(1), 3)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
