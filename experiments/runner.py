@@ -470,10 +470,10 @@ def latest_accuracies(histories: Mapping[str, fs.History]) -> str:
     parts = [f"{name} {accuracy:.3f}" for name, accuracy in found.items()]
     if len(parts) > FEW:
         low, high = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+        middle = np.median(list(found.values()))
         parts = [
-            f"accuracy of {len(parts)} systems from {found[low]:.3f} ({low})",
-            f"to {found[high]:.3f} ({high}),",
-            f"median {np.median(list(found.values())):.3f}",
+            f"accuracy of {len(parts)} systems from {found[low]:.3f} ({low}) to "
+            f"{found[high]:.3f} ({high}), median {middle:.3f}"
         ]
     newest = max(int(np.max(history.round)) for history in histories.values())
     return "  ".join(parts) + ("" if at == newest else f" (of round {at})")

@@ -527,6 +527,19 @@ def test_assumed_byzantine(tmp_path, options, assumed):
     assert fltrust_mnist.assumed_byzantine(config(tmp_path, **options)) == assumed
 
 
+def test_a_line_of_progress_says_what_its_numbers_are():
+    def of(accuracy):
+        return SimpleNamespace(round=[1, 2], accuracy=[accuracy, np.nan])
+
+    few = {"a": of(0.5), "b": of(0.25)}
+    assert runner.latest_accuracies(few) == "a 0.500  b 0.250 (of round 1)"
+    many = few | {f"c{i}": of(0.4) for i in range(7)}
+    assert runner.latest_accuracies(many) == (
+        "accuracy of 9 systems from 0.250 (b) to 0.500 (a), median 0.400 (of round 1)"
+    )
+    assert runner.latest_accuracies({"a": of(np.nan)}) == "not evaluated yet"
+
+
 @pytest.mark.parametrize(
     ("rounds", "every", "segment"),
     [(100, 5, 5), (1000, 10, 50), (7, 5, 1), (20, 5, 1), (97, 5, 5)],
