@@ -55,7 +55,14 @@ PAPER_SECONDS = {
 GIVEN = (
     "All rules are told the number of attackers. DAGMM, VAE, ERR and LFR also remove "
     "as many clients (ERR or LFR: up to twice as many), as in the paper: without an "
-    "attack they would remove as many honest ones. PDRR removes whoever reaches its q."
+    "attack they would remove as many honest ones. PDRR removes whoever reaches its q, "
+    "measured by the largest index there is: on Krum and the trimmed mean at least one "
+    "client in every round, with an attack or without."
+)
+LEGEND = (
+    "FAR: false alarm rate, share of the honest clients that are flagged. MAR: missing "
+    "alarm rate, share of the attackers that are not. full: attackers know all models, "
+    "partial: their own."
 )
 ABOUT = (
     "PDRR: pre-aggregation, detection, removal, re-aggregation; ERR and LFR: rejection "
@@ -66,12 +73,10 @@ ABOUT = (
     "of 6.6 million parameters, 2,002 test images for those who need samples."
 )
 TABLE_NOTE = (
-    "False alarm rate (share of the honest clients that are flagged) and missing alarm "
-    "rate (share of the attackers that are not), in single rounds and as the mean of "
-    "all. Every detector trains its own model from the first round on. Rows marked ↳ "
-    "are the paper's, which has none for the median. *ties*: share of the rounds in "
-    "which all clients that take part have one score, so that who is flagged depends "
-    "on their numbers alone."
+    "FAR and MAR in single rounds and as the mean of all. Every detector trains its "
+    "own model from the first round on. Rows marked ↳ are the paper's, which has none "
+    "for the median. *ties*: share of the rounds in which all clients that take part "
+    "have one score, so that who is flagged depends on their numbers alone."
 )
 ERROR_NOTE = (
     f"Test error, mean of the last {results.TAIL} evaluations (of all, where there are "
@@ -154,7 +159,7 @@ def write(
         settings=settings,
         tables=tables,
         plots=_plots(config, by_cell),
-        remarks=[ABOUT, GIVEN] if "schemes" in config.parts else [ABOUT],
+        remarks=[ABOUT, LEGEND, *([GIVEN] if "schemes" in config.parts else [])],
     )
 
 
