@@ -79,7 +79,7 @@ class Config:
     #: Communication rounds of the parts schemes and knowledge.
     rounds: int = 100
     #: Communication rounds of the other parts.
-    sweep_rounds: int = 20
+    sweep_rounds: int = 10
     #: Evaluate after every this many rounds, and after the last.
     eval_every: int = 5
     #: Seed of everything but the partition.
@@ -178,7 +178,6 @@ PRESETS: dict[str, Config] = {
         # Of small models, checkpoints take longer than rounds.
         segment=10,
         rounds=20,
-        sweep_rounds=10,
         parts=("schemes", "knowledge"),
         clients=25,
         attackers=10,
