@@ -91,20 +91,21 @@ RANGE_NOTE = (
 )
 TIME_NOTE = (
     "One detection, removal and re-aggregation on the models of the first attacked "
-    "round, in milliseconds, median of five calls, compiled before; in brackets as a "
-    "multiple of PDRR's. Pre-training is not counted. "
-    "The paper's seconds are of an RTX 2080 Ti, on 6.6 million parameters."
+    "round, median of five calls, compiled before; in brackets as a multiple of "
+    "PDRR's. Pre-training is not counted. The paper's seconds are of an RTX 2080 Ti, on 6.6 million parameters."
 )
 ALARM_NOTE = (
-    "PDRR under partial knowledge and without an attack, on the same rule without it; "
-    "rates are means over the rounds. Where nobody attacks, whoever is flagged is a "
-    "false alarm."
+    "PDRR under partial knowledge and without an attack; in brackets the test error of "
+    "the same rule without it. Rates are means over the rounds. Where nobody attacks, "
+    "whoever is flagged is a false alarm. Of runs that are longer for other tables, "
+    "only as many rounds count as the others have."
 )
 COUNT_NOTE = (
     "PDRR and its rules go on assuming the same number of attackers, but for the last "
     "row, where the trimmed mean cuts fewer values than there are attackers. Rates are "
     "means over the rounds: FAR / MAR; then the test error, and in brackets that "
-    "without PDRR."
+    "without PDRR. Of runs that are longer for other tables, only as many rounds count "
+    "as the others have."
 )
 OTHER_NOTE = (
     "Attacks that PDRR was not made for, or was made for on another rule. FAR / MAR, "
@@ -134,6 +135,7 @@ def write(
         times: seconds of one detection.
     """
     by_cell = {cell: result.histories[name] for name, cell in cells.items()}
+    early = {c: first_rounds(h, config.sweep_rounds) for c, h in by_cell.items()}
     tables: dict[str, tuple[fs.report.Table, str]] = {}
     for base, label in BASES.items():
         table = scheme_table(config, by_cell, base)
@@ -143,8 +145,8 @@ def write(
         ("Test error", error_table(by_cell), ERROR_NOTE),
         ("Thresholds without a mistake", range_table(config, by_cell), RANGE_NOTE),
         ("Time of one detection", time_table(times), TIME_NOTE),
-        ("Partitions, and no attack", partition_table(by_cell), ALARM_NOTE),
-        ("Number of attackers", count_table(config, by_cell), COUNT_NOTE),
+        ("Partitions, and no attack", partition_table(early), ALARM_NOTE),
+        ("Number of attackers", count_table(config, early), COUNT_NOTE),
         ("Other attacks", other_table(by_cell), OTHER_NOTE),
     ):
         if table.rows:
@@ -180,6 +182,14 @@ def over_rounds(history: fs.History, field: str) -> np.ndarray:
     known = ~np.isnan(values)
     total, count = np.where(known, values, 0).sum(axis=1), known.sum(axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def first_rounds(history: fs.History, count: int) -> fs.History:
+    """A history as its alarms and accuracy were after some rounds of its run."""
+    fields = ("round", "accuracy", "fpr", "fnr")
+    return history._replace(
+        **{name: np.asarray(getattr(history, name))[..., :count] for name in fields}
+    )
 
 
 def error(history: fs.History | None, digits: int = 3) -> str:
@@ -318,20 +328,18 @@ def time_table(times: Times) -> fs.report.Table:
         cells, paper = [], []
         for base in BASES:
             own, theirs = times.get(base, {}), PAPER_SECONDS[base]
-            cells.append(_multiple(own.get(scheme), own.get("pdrr"), 1000, " ms"))
-            paper.append(_multiple(theirs.get(scheme), theirs["pdrr"], 1, " s"))
+            cells.append(_multiple(own.get(scheme), own.get("pdrr")))
+            paper.append(_multiple(theirs.get(scheme), theirs["pdrr"]))
         rows.append((SCHEMES[scheme], *cells))
         if any(paper):
             rows.append(("↳ paper", *paper))
     return fs.report.Table(("scheme", *BASES.values()), rows)
 
 
-def _multiple(
-    seconds: float | None, unit: float | None, scale: float, name: str
-) -> str:
+def _multiple(seconds: float | None, unit: float | None) -> str:
     if seconds is None:
         return ""
-    text = f"{scale * seconds:.3g}{name}"
+    text = f"{1000 * seconds:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
     return text if unit is None else f"{text} ({seconds / unit:.3g})"
 
 

@@ -401,8 +401,9 @@ def range_plot(
                 (high - low)[there],
                 bottom=low[there],
                 width=0.85 * width,
-                # Not the two colours that elsewhere stand for honest and Byzantine.
-                color=COLOURS[(index + 2) % len(COLOURS)],
+                # Not the colours that elsewhere stand for honest and Byzantine, and
+                # light, so that a line across can be seen.
+                color=COLOURS[(index + 4) % len(COLOURS)],
                 label=name,
             )
         axes.set_xticks(range(len(rounds[0])), [str(at) for at in rounds[0]])

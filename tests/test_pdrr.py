@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -133,10 +134,21 @@ def test_the_paper_s_figures_stand_beside_ours(finished):
     by_cell = {c: result.histories[c.name] for c in cells(config)}
     rows = pdrr_report.scheme_table(config, by_cell, "trimmed_mean").rows
     assert rows[1] == ("↳ paper", "0.43", "", "", "0.65", "", "", "")
-    times = {"krum": {"none": 0.1, "err": 3.0, "pdrr": 0.2}}
+    times = {"krum": {"none": 0.02, "err": 3.0, "pdrr": 0.2}}
     rows = pdrr_report.time_table(times).rows
-    assert rows[1] == ("ERR", "3e+03 ms (15)", "", "")
+    assert rows[0] == ("rule alone", "20 ms (0.1)", "", "")
+    assert rows[1] == ("ERR", "3 s (15)", "", "")
     assert rows[2] == ("↳ paper", "32.2 s (76.7)", "32.7 s (38.9)", "35.8 s (56.8)")
+
+
+def test_longer_runs_are_shortened_where_they_stand_beside_others(finished):
+    _, result = finished
+    history = next(h for n, h in result.histories.items() if "pdrr, fang" in n)
+    short = pdrr_report.first_rounds(history, 1)
+    assert pdrr_report.error(history) != pdrr_report.error(short)
+    assert pdrr_report.error(short) == f"{1 - history.accuracy[0]:.3f}"
+    seeds = jax.tree.map(lambda x: np.stack([x, x]), history)
+    assert pdrr_report.first_rounds(seeds, 1).fnr.shape == (2, 1)
 
 
 def test_tables_of_the_other_parts(finished):

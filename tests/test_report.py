@@ -346,7 +346,7 @@ def test_range_plot_draws_what_is_a_range(tmp_path):
     }
     path = tmp_path / "ranges.pdf"
     axes = report.range_plot(ranges, "q", path, title="Krum").axes[0]
-    one, two = report.COLOURS[2:4]
+    one, two = report.COLOURS[4:6]
     assert bars(axes) == [
         (-0.2, 0.1, 1.0, one),
         (0.2, 0.2, 0.9, two),
