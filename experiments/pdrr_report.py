@@ -92,7 +92,8 @@ RANGE_NOTE = (
 TIME_NOTE = (
     "One detection, removal and re-aggregation on the models of the first attacked "
     "round, median of five calls, compiled before; in brackets as a multiple of "
-    "PDRR's. Pre-training is not counted. The paper's seconds are of an RTX 2080 Ti, on 6.6 million parameters."
+    "PDRR's. Pre-training is not counted. The paper's seconds "
+    "are of an RTX 2080 Ti, on 6.6 million parameters."
 )
 ALARM_NOTE = (
     "PDRR under partial knowledge and without an attack; in brackets the test error of "
