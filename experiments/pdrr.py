@@ -15,7 +15,7 @@ has six parts:
   time        how long one detection of the part schemes takes (the paper's table 3).
 
 Presets:
-  paper    MNIST, divided by label: over an hour on two cores (default).
+  paper    MNIST, divided by label: an hour and a half on two cores (default).
   femnist  FEMNIST in LEAF's format, a writer to a client, and LEAF's network of 6.6
            million parameters: for a GPU.
   demo     scikit-learn's embedded 8x8 digits, half as many clients, two of the parts:
@@ -62,7 +62,7 @@ class Config:
 
     STUDY: ClassVar[str] = "pdrr"
 
-    #: Starting values of the other options. paper: MNIST, over an hour. femnist: LEAF's
+    #: Starting values of the other options. paper: MNIST, 90 minutes. femnist: LEAF's
     #: FEMNIST, for a GPU. demo: embedded digits, under three minutes.
     preset: Literal["paper", "femnist", "demo"] = "paper"
     #: mnist, femnist, digits (embedded), or another.

@@ -188,9 +188,10 @@ def over_rounds(history: fs.History, field: str) -> np.ndarray:
 def first_rounds(history: fs.History, count: int) -> fs.History:
     """A history as its alarms and accuracy were after some rounds of its run."""
     fields = ("round", "accuracy", "fpr", "fnr")
-    return history._replace(
-        **{name: np.asarray(getattr(history, name))[..., :count] for name in fields}
-    )
+    cut: dict[str, Any] = {
+        name: np.asarray(getattr(history, name))[..., :count] for name in fields
+    }
+    return history._replace(**cut)
 
 
 def error(history: fs.History | None, digits: int = 3) -> str:

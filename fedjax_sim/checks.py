@@ -291,10 +291,11 @@ def check_root(sim: "Simulation") -> None:
     """
     if sim.root is None:
         if sim.needs_root:
-            by_rule = sim.aggregator.needs_root or sim.attack is None
-            who = sim.aggregator if by_rule else sim.attack
+            name = sim.aggregator.name
+            if sim.attack is not None and not sim.aggregator.needs_root:
+                name = sim.attack.name
             raise ValueError(
-                f"{who.name} needs a root dataset; got root=None. Pass root=, from "
+                f"{name} needs a root dataset; got root=None. Pass root=, from "
                 "fs.data.federate(..., root_size=100)."
             )
         if sim.root_steps is not None:
