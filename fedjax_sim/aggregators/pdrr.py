@@ -168,6 +168,7 @@ def sign_correlations(U: Array, mask: Array, direction: Array) -> Array:
     variance = squares - sums * sums / size
     own_variance = own_square - own_sum * own_sum / size
     varies = (variance > 0) & (own_variance > 0)
-    # The root of a square is exact: equal signs correlate to exactly 1.
     scale = jnp.sqrt(jnp.where(varies, variance * own_variance, 1.0))
-    return jnp.where(varies, covariance / scale, 0.0)
+    # Equal signs, which these counts show, correlate to exactly 1 without rounding.
+    equal = (products == squares) & (products == own_square)
+    return jnp.where(varies, jnp.where(equal, 1.0, covariance / scale), 0.0)
