@@ -136,7 +136,9 @@ def write(
         times: seconds of one detection.
     """
     by_cell = {cell: result.histories[name] for name, cell in cells.items()}
-    early = {c: first_rounds(h, config.sweep_rounds) for c, h in by_cell.items()}
+    beside_others = {"counts", "partitions"} & set(config.parts)
+    least = config.sweep_rounds if beside_others else config.rounds
+    early = {c: first_rounds(h, least) for c, h in by_cell.items()}
     tables: dict[str, tuple[fs.report.Table, str]] = {}
     for base, label in BASES.items():
         table = scheme_table(config, by_cell, base)
