@@ -381,7 +381,7 @@ def simulation(config: Config, setting: Setting, cell: Cell) -> fs.Simulation:
         if part is not None:
             options[field] = part
             options["num_byzantine"] = num_attackers(config, cell)
-    if rule.needs_root or (attack.on_updates and attack.on_updates.needs_root):
+    if rule.needs_root or attack.needs_root:
         options |= {"root": setting.root, "root_steps": config.root_steps}
     return fs.Simulation(aggregator=rule, **options, **setting.shared)
 

@@ -294,9 +294,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     rules = {name: specs.make_aggregator(name, f) for name in config.aggregators}
     for rule in rules.values():
         rule.validate(runner.cohort_size(config))
-    needs_root = any(rule.needs_root for rule in rules.values())
-    if attack.on_updates is not None:
-        needs_root |= attack.on_updates.needs_root
+    needs_root = attack.needs_root or any(rule.needs_root for rule in rules.values())
     if needs_root and config.root_size < config.batch_size:
         raise ValueError(
             f"--root-size must be at least --batch-size ({config.batch_size}) for "

@@ -389,12 +389,9 @@ def needing_root(config: Config) -> list[str]:
     if "schemes" in config.parts:
         found += [scheme for scheme in config.schemes if scheme != PDRR]
     if "others" in config.parts:
-        attacks = {a: specs.make_attack(a, specs.ANY_CLASSES) for a in config.others}
-        found += [
-            a
-            for a, made in attacks.items()
-            if made.on_updates and made.on_updates.needs_root
-        ]
+        for attack in config.others:
+            if specs.make_attack(attack, specs.ANY_CLASSES).needs_root:
+                found.append(attack)
     return found
 
 

@@ -11,7 +11,7 @@ import fedjax_sim as fs
 from experiments import results, runner, specs
 from experiments.pdrr_time import Times
 from experiments.results import evaluated, tail
-from fedjax_sim.report import mean_and_spread
+from fedjax_sim.report import mean_and_spread, mean_defined
 
 BASES = {"krum": "Krum", "trimmed_mean": "trimmed mean", "median": "median"}
 SCHEMES = {
@@ -92,8 +92,8 @@ RANGE_NOTE = (
 TIME_NOTE = (
     "One detection, removal and re-aggregation on the models of the first attacked "
     "round, median of five calls, compiled before; in brackets as a multiple of "
-    "PDRR's. Pre-training is not counted. The paper's seconds "
-    "are of an RTX 2080 Ti, on 6.6 million parameters."
+    "PDRR's. Pre-training is not counted. The paper's seconds are of an RTX 2080 "
+    "Ti, on 6.6 million parameters."
 )
 ALARM_NOTE = (
     "PDRR under partial knowledge and without an attack; in brackets the test error of "
@@ -182,9 +182,7 @@ def at_round(history: fs.History, field: str, number: int) -> np.ndarray:
 def over_rounds(history: fs.History, field: str) -> np.ndarray:
     """The mean of a field over the rounds in which it is defined, ``[seeds]``."""
     values = np.atleast_2d(np.asarray(getattr(history, field), float))
-    known = ~np.isnan(values)
-    total, count = np.where(known, values, 0).sum(axis=1), known.sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean_defined(values, axis=1)
 
 
 def first_rounds(history: fs.History, count: int) -> fs.History:
@@ -472,13 +470,9 @@ def _plots(config: Any, by_cell: Mapping[Any, fs.History]) -> dict[str, Any]:
             ranges[f"{knowledge} knowledge"] = (rounds[at], low[at], high[at])
         if ranges:
             figure = fs.report.range_plot(
-                ranges, "q without a mistake", title=f"attack on {label}"
+                ranges, "q without a mistake", title=f"attack on {label}", mark=q
             )
             figure.axes[0].set_ylim(0.0, 1.03)
-            # The q of the run.
-            figure.axes[0].axhline(
-                q, color="black", linewidth=0.6, linestyle=(0, (4, 2))
-            )
             plots[f"thresholds_{base}"] = figure
     return plots
 

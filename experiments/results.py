@@ -185,10 +185,7 @@ def tail(values: Any) -> np.ndarray:
     """
     values = np.atleast_2d(np.asarray(values, float))
     last = values[:, ~np.isnan(values).all(axis=0)][:, -TAIL:]
-    known = ~np.isnan(last)
-    total = np.where(known, last, 0.0).sum(axis=1)
-    count = known.sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return fs.report.mean_defined(last, axis=1)
 
 
 def evaluated(history: fs.History, values: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,11 @@ class Attack(NamedTuple):
     on_updates: UpdateAttack | None
     strengths: tuple[float, ...] = ()
 
+    @property
+    def needs_root(self) -> bool:
+        """Whether it cannot do without the server's root dataset."""
+        return self.on_updates is not None and self.on_updates.needs_root
+
 
 def parse(text: str) -> list[Call]:
     """The steps of a spec.

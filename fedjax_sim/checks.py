@@ -338,7 +338,9 @@ def check_learned(
         for path, leaf in jax.tree_util.tree_leaves_with_path(learned):
             if isinstance(leaf, jax.core.Tracer):  # only shapes are asked for
                 return
-            if not jnp.isfinite(leaf).all():
+            # Keys and integers always are.
+            floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+            if floats and not np.isfinite(leaf).all():
                 raise ValueError(
                     f"{sim.aggregator.name} ({name}) has learned nothing before the "
                     f"first round: {jax.tree_util.keystr(path)} of its state holds a "

@@ -239,7 +239,7 @@ def client_plot(
                 there = own.any(axis=1)
                 axes.plot(
                     rounds[there],
-                    _mean_defined(line, axis=1)[there],
+                    mean_defined(line, axis=1)[there],
                     color=COLOURS[liar],
                     linestyle="--" if liar else "-",
                     marker="" if there.all() else ".",
@@ -332,9 +332,7 @@ def score_plot(
             axes.grid(visible=False, axis="x")
             axes.set_title(name, loc="left", pad=2)
             if marks and name in marks:
-                axes.axhline(
-                    marks[name], color="black", linewidth=0.6, linestyle=(0, (4, 2))
-                )
+                _threshold(axes, marks[name])
             if shown.sum() > 1 and np.ptp(heights[shown]) == 0:
                 axes.text(
                     0.98,
@@ -345,7 +343,7 @@ def score_plot(
                     fontsize=7,
                     transform=axes.transAxes,
                 )
-        figure.supylabel(field.removesuffix("s"), fontsize=8)
+        figure.supylabel("score" if field == "scores" else field, fontsize=8)
         panels[-1].set_xlabel("client, the Byzantine ones first")
         colours = [Patch(color=COLOURS[i]) for i in (0, 1)]
         figure.set_figheight(figure.get_figheight() + 0.16)
@@ -361,6 +359,7 @@ def range_plot(
     label: str,
     path: str | Path | None = None,
     title: str | None = None,
+    mark: float | None = None,
 ) -> Figure:
     """Ranges of a number by round, side by side for each name: floating bars.
 
@@ -371,6 +370,7 @@ def range_plot(
         label: what the number is.
         path: where to save the figure as well; the suffix decides the format.
         title: above the axes.
+        mark: a value of the number to mark with a thin line.
 
     Returns:
         The figure, one paper column wide, 200 dpi.
@@ -406,6 +406,8 @@ def range_plot(
                 color=COLOURS[(index + 4) % len(COLOURS)],
                 label=name,
             )
+        if mark is not None:
+            _threshold(axes, mark)
         axes.set_xticks(range(len(rounds[0])), [str(at) for at in rounds[0]])
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("communication round")
@@ -732,11 +734,17 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the defined values in the last ``window`` rounds, ``[seeds, R]``."""
     padded = np.pad(values, ((0, 0), (window - 1, 0)), constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, window, axis=1)
-    return _mean_defined(windows, axis=-1)
+    return mean_defined(windows, axis=-1)
 
 
-def _mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean of the values that are not NaN; NaN where there is none."""
+def mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of the values that are not NaN; NaN where there is none.
+
+    Example:
+        >>> nan = float("nan")
+        >>> mean_defined(np.array([[1.0, nan, 3.0], [nan, nan, nan]]), axis=1).tolist()
+        [2.0, nan]
+    """
     defined = ~np.isnan(values)
     count = defined.sum(axis)
     total = np.where(defined, values, 0.0).sum(axis)
@@ -768,7 +776,7 @@ def _draw(
     spacing = max(1, len(rounds) // 8)
     axes.plot(
         rounds,
-        _mean_defined(values, axis=0),
+        mean_defined(values, axis=0),
         label=name,
         color=colour,
         linestyle=LINES[index % len(LINES)],
@@ -782,6 +790,10 @@ def _draw(
         # fmin and fmax pass over NaN.
         low, high = np.fmin.reduce(values), np.fmax.reduce(values)
         axes.fill_between(rounds, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _threshold(axes: Axes, value: float) -> None:
+    axes.axhline(value, color="black", linewidth=0.6, linestyle=(0, (4, 2)))
 
 
 def _label_rounds(axes: Axes) -> None:

@@ -345,7 +345,8 @@ def test_range_plot_draws_what_is_a_range(tmp_path):
         "full": ([1, 20, 50], [0.2, 0.3, 0.4], [0.9, 0.8, 0.7]),
     }
     path = tmp_path / "ranges.pdf"
-    axes = report.range_plot(ranges, "q", path, title="Krum").axes[0]
+    axes = report.range_plot(ranges, "q", path, title="Krum", mark=0.6).axes[0]
+    assert [line.get_ydata() for line in axes.lines] == [[0.6, 0.6]]
     one, two = report.COLOURS[4:6]
     assert bars(axes) == [
         (-0.2, 0.1, 1.0, one),

@@ -80,9 +80,20 @@ def test_ends_of_q():
     np.testing.assert_array_equal(never, counts == 0)
 
 
-@pytest.mark.parametrize("d", [501, 4097, 421_642])
+@pytest.mark.parametrize("d", [7, 4097, 10_001])
 def test_equal_signs_correlate_to_exactly_one(d):
     """Also those of rows of other lengths, which q = 1 still flags."""
+    rng = np.random.default_rng(d)
+    U = rng.normal(size=(13, d))
+    U[8:] = 0.01 * U[8] * np.linspace(1, 2, 5)[:, None]
+    info = play(rules.pdrr(5, q=1.0), U)[2]
+    assert np.flatnonzero(info.flagged).tolist() == [8, 9, 10, 11, 12]
+    assert info.scores[8:].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("d", [501, 4097, 421_642])
+def test_equal_signs_correlate_to_exactly_one_in_compiled_code(d):
+    """Which contracts and reorders what it multiplies, adds and divides."""
     rule = rules.pdrr(5, q=1.0)
     judge = jax.jit(lambda U: rule.apply(U, (), RoundContext())[2])
     for seed in range(6):

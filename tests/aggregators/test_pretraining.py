@@ -357,6 +357,12 @@ def test_what_was_learned_must_be_finite(make):
         sim.fork(calm)
 
 
+def test_a_learned_state_may_hold_a_key():
+    rule = rules.fedavg()._replace(pretrain=lambda params, key, train: key, name="key")
+    state = simulate(rule).init(KEY)
+    assert jnp.issubdtype(state.aggregator.dtype, jax.dtypes.prng_key)
+
+
 @every_learner
 def test_what_is_refused_before_training(make):
     rule = make(2)
