@@ -126,7 +126,8 @@ def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> No
 def write_clients(path: Path, histories: dict[str, fs.History]) -> None:
     """Per-client records, ``system/field`` -> ``[(seeds,) rounds, cohort]``.
 
-    What a client measured on its own samples is ``local_loss`` and ``local_accuracy``;
+    What a client measured on its own samples is ``local_loss`` and ``local_accuracy``,
+    and of the model it had trained itself ``local_own_loss``, ``local_own_accuracy``;
     what its defense did, ``defense_samples`` and so on.
     """
     arrays: dict[str, Any] = {}

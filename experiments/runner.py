@@ -535,6 +535,8 @@ def estimate(comparison: fs.Comparison, num_seeds: int) -> float:
 
         def one(client: Any) -> Any:
             data = clients.gather(client)
+            if sim.make_samples is not None:
+                data = sim.make_samples(data)
             state = update.init(params)
             return update.apply(sim.model, jax.random.key(0), params, data, state, 0)[0]
 

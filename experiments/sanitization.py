@@ -315,7 +315,8 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     make_model = lookup("model", config.model, fs.models.MODELS)
     partition = specs.make_partition(config.partition)
     for text in config.defenses:
-        specs.make_defense(text, 0, 2 if config.clusters is None else config.clusters)
+        usual = {"num_clusters": 2 if config.clusters is None else config.clusters}
+        specs.make_defense(text, 0, usual)
     check_starts(config)
 
     data = fs.data.load(config.dataset, config.data_dir)
@@ -350,7 +351,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
     def simulation(cell: Cell) -> fs.Simulation:
         attack = attacks[cell.attack, cell.poison]
         count, f = counts(config, cell.attackers)
-        defense = specs.make_defense(cell.defense, f, clusters)
+        defense = specs.make_defense(cell.defense, f, {"num_clusters": clusters})
         own = on_clients.setdefault(cell.defense, defense.on_clients)
         return fs.Simulation(
             aggregator=defense.rule,

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fedjax_sim as fs
+from fedjax_sim.data.series import states
 from fedjax_sim.registry import lookup
 from fedjax_sim.types import (
     Aggregator,
@@ -222,16 +223,24 @@ class Defense(NamedTuple):
     rule: Aggregator
 
 
-def make_defense(text: str, max_byzantine: int, num_clusters: int) -> Defense:
+def make_defense(
+    text: str, max_byzantine: int, usual: Mapping[str, Any] | None = None
+) -> Defense:
     """The defense of a spec: a client defense, a rule, or one and then the other.
 
     After a client defense alone the server takes FedAvg.
+
+    Args:
+        text: the spec.
+        max_byzantine: f that rules assume.
+        usual: options of the client defense that the spec does not give; those that a
+            defense does not take are for another one.
 
     Raises:
         ValueError, TypeError: as for ``make_aggregator``.
 
     Example:
-        >>> defense = make_defense("sanitization+median", 2, num_clusters=10)
+        >>> defense = make_defense("sanitization+median", 2, {"num_clusters": 10})
         >>> defense.on_clients.name, defense.rule.name
         ('sanitization', 'median')
     """
@@ -239,7 +248,15 @@ def make_defense(text: str, max_byzantine: int, num_clusters: int) -> Defense:
     table = fs.client_defenses.CLIENT_DEFENSES
     if call.name not in table:
         return Defense(None, make_aggregator(text, max_byzantine))
-    on_clients = _build("client defense", call, table, {"num_clusters": num_clusters})
+    options = dict(usual or {})
+    if call.name == "fedsecure" and "detector" not in options:
+        raise ValueError(
+            f"{text!r}: fedsecure screens series by a detector trained on them, which "
+            "this study has not. Use python -m experiments.fedsecure_vitals."
+        )
+    takes = inspect.signature(table[call.name]).parameters
+    options = {k: v for k, v in options.items() if k in takes} | call.options
+    on_clients = _build("client defense", Call(call.name, options), table, {})
     _, plus, rest = text.partition("+")
     rule = make_aggregator(rest if plus else "fedavg", max_byzantine)
     return Defense(on_clients, rule)
@@ -247,6 +264,32 @@ def make_defense(text: str, max_byzantine: int, num_clusters: int) -> Defense:
 
 def _wrong(name: str, expected: str, got: Any) -> str:
     return f"{name} must return {expected}; got {type(got).__name__}."
+
+
+def make_series_attack(text: str, num_channels: int, num_classes: int) -> DataAttack:
+    """The attack on series of a spec, whose labels are the states of the first channel.
+
+    Raises:
+        ValueError, TypeError: as for ``make_attack``.
+
+    Example:
+        >>> make_series_attack("variability(amplitude=1)", 2, 3).name
+        'variability'
+    """
+    calls = parse(text)
+    if len(calls) != 1:
+        raise ValueError(f"{text!r}: expected one attack on series.")
+    (call,) = calls
+    options = {"num_channels": num_channels, "relabel": states} | call.options
+    if "target" in options:
+        options = {"num_classes": num_classes} | options
+    attack = _build(
+        "attack on series", Call(call.name, options), fs.attacks.SERIES_ATTACKS, {}
+    )
+    if not isinstance(attack, DataAttack):
+        raise TypeError(_wrong(call.name, "a DataAttack", attack))
+    attack.validate(num_classes)
+    return attack
 
 
 def make_attack(text: str, num_classes: int) -> Attack:

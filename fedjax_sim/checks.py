@@ -91,6 +91,7 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
             "with min_size."
         )
     multilabel = np.ndim(sim.clients.targets) == 2
+    made = one_sample(sim)
     for name in ("clients", "test", "local_test", "root"):
         data = getattr(sim, name)
         if data is None:
@@ -101,10 +102,14 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
                 f"{name} must have as many targets as inputs, and at least one; got "
                 f"{len(data.inputs)} inputs and {len(targets)} targets."
             )
-        if np.shape(data.inputs)[1:] != np.shape(sim.clients.inputs)[1:]:
+        stored = name in ("clients", "local_test")
+        like = sim.clients.inputs if stored else made.inputs
+        if np.shape(data.inputs)[1:] != np.shape(like)[1:]:
+            whose = "inputs like the clients'"
+            if sim.make_samples is not None and not stored:
+                whose = "inputs like what make_samples makes of a client's"
             raise ValueError(
-                f"{name} must have inputs like the clients', of shape "
-                f"{np.shape(sim.clients.inputs)[1:]} each; got "
+                f"{name} must have {whose}, of shape {np.shape(like)[1:]} each; got "
                 f"{np.shape(data.inputs)[1:]}."
             )
         if multilabel != (targets.ndim == 2):
@@ -199,19 +204,79 @@ def num_outputs(sim: "Simulation") -> int:
     Raises:
         ValueError: the model cannot take inputs of that shape.
     """
-    inputs = sim.clients.inputs
+    inputs = one_sample(sim).inputs
 
-    def outputs(key: jax.Array) -> jax.Array:
-        return sim.model.apply(sim.model.init(key), inputs[:1])
+    def outputs(key: jax.Array, inputs: jax.Array) -> jax.Array:
+        return sim.model.apply(sim.model.init(key), inputs)
 
     try:
-        return int(jax.eval_shape(outputs, jax.random.key(0)).shape[-1])
+        return int(jax.eval_shape(outputs, jax.random.key(0), inputs).shape[-1])
     except Exception as error:
         raise ValueError(
             f"the model cannot take the clients' inputs of shape {inputs.shape[1:]} "
             f"({type(error).__name__}: {str(error)[:200]}). Build it with "
             f"input_shape={inputs.shape[1:]}."
         ) from error
+
+
+def one_sample(sim: "Simulation") -> ClientData:
+    """Shapes of one sample of a client, as the model sees it.
+
+    Raises:
+        TypeError: ``make_samples`` does not return as many rows of ``ClientData``.
+    """
+
+    def one_client() -> ClientData:
+        data = sim.clients.gather(jnp.zeros((), jnp.int32))
+        if sim.make_samples is None:
+            return data
+        with _blamed("make_samples"):
+            made = sim.make_samples(data)
+        rows = data.targets.shape[:1]
+        if not isinstance(made, ClientData) or made.mask is None:
+            raise TypeError(
+                f"make_samples must return ClientData with a mask; got {made!r:.200}."
+            )
+        for field, value in made._asdict().items():
+            if value.shape[:1] != rows:
+                raise TypeError(
+                    f"make_samples must return as many rows as the client has, {rows}; "
+                    f"got {field} of shape {value.shape}."
+                )
+        _check_like("make_samples: targets", made.targets, data.targets)
+        _check_like("make_samples: mask", made.mask, data.mask)
+        return made
+
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype),
+        jax.eval_shape(one_client),
+    )
+
+
+def check_byzantine_clients(sim: "Simulation") -> None:
+    """The clients named as Byzantine are some of the run's, each once.
+
+    Raises:
+        TypeError: no tuple of integers.
+        ValueError: an id that there is not or that comes twice, or another number.
+    """
+    ids = sim.byzantine_clients
+    if ids is None:
+        return
+    check_type("byzantine_clients", ids, tuple, "Pass ids, such as (1,).")
+    total = sim.clients.num_clients
+    for id in ids:
+        if check_count("byzantine_clients", id, 0) >= total:
+            raise ValueError(
+                f"byzantine_clients must be ids from 0 to {total - 1}; got {id}."
+            )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"byzantine_clients names a client twice: {ids}.")
+    if sim.num_byzantine not in (0, len(ids)):
+        raise ValueError(
+            f"byzantine_clients names {len(ids)} clients, but num_byzantine is "
+            f"{sim.num_byzantine}. Drop num_byzantine."
+        )
 
 
 def check_attackers(sim: "Simulation", cohort: int, num_classes: int) -> None:
@@ -262,7 +327,7 @@ def check_byzantine_update(sim: "Simulation", sizes: np.ndarray) -> None:
         raise ValueError(f"byzantine_update: {error}") from None
 
     def one_client(key: jax.Array) -> None:
-        params, (data, context) = sim.model.init(key), _one_client(sim)
+        params, (data, context) = sim.model.init(key), _one_client(sim, samples=True)
         state = sim.client_update.init(params)
         _check_like("byzantine_update: client state", update.init(params), state)
         out: Any = update.apply(sim.model, key, params, data, state, context.round)
@@ -274,12 +339,14 @@ def check_byzantine_update(sim: "Simulation", sizes: np.ndarray) -> None:
     jax.eval_shape(one_client, jax.random.key(0))
 
 
-def _one_client(sim: "Simulation") -> tuple[ClientData, RoundContext]:
-    """The data of a client as the training map has it, and a data attack's context."""
+def _one_client(sim: "Simulation", samples: bool) -> tuple[ClientData, RoundContext]:
+    """What a client stores, or its ``samples``, and a data attack's context."""
     zero = jnp.zeros((), jnp.int32)
     data = sim.clients.gather(zero)
     if not sim.padded:
         data = data._replace(mask=None)
+    if samples and sim.make_samples is not None:
+        data = sim.make_samples(data)
     return data, RoundContext(round=zero, client_ids=zero, rank=zero)
 
 
@@ -468,6 +535,10 @@ def _check_client_defense(
             "give model._replace(features=) a function (params, inputs) -> [b, h]."
         )
 
+    def gather(id: jax.Array) -> ClientData:
+        data = sim.clients.gather(id)
+        return data if sim.make_samples is None else sim.make_samples(data)
+
     def one_round(key: jax.Array) -> None:
         params = sim.model.init(key)
         context = RoundContext(
@@ -484,7 +555,7 @@ def _check_client_defense(
                     f"{who}: state must hold no PRNG keys. Take context.key, which is "
                     "another in every round."
                 )
-            out: Any = defense.apply(sim.clients.gather, state, context)
+            out: Any = defense.apply(gather, state, context)
         _check_tuple(who, out, ("keep", "state", "info"))
         keep = jnp.zeros((cohort, sim.clients.mask.shape[1]), bool)
         _check_like(f"{who}: keep", out[0], keep)
@@ -521,7 +592,7 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
     who = f"the data attack {attack.name}"
 
     def one_client(key: jax.Array) -> None:
-        data, context = _one_client(sim)
+        data, context = _one_client(sim, samples=False)
         with _blamed(who):
             poisoned: Any = attack.poison(key, data, context)
         if not isinstance(poisoned, ClientData):

@@ -15,6 +15,7 @@ from fedjax_sim.types import (
     ClientDefense,
     Clients,
     DataAttack,
+    MakeSamples,
     PyTree,
     RoundContext,
 )
@@ -103,9 +104,13 @@ def split(joined: PyTree, rows: Mapping[str, Row]) -> dict[str, PyTree]:
 
 
 def own_data(
-    clients: Clients, row: Row, attacks: tuple[DataAttack, ...], padded: bool
+    clients: Clients,
+    row: Row,
+    attacks: tuple[DataAttack, ...],
+    padded: bool,
+    make_samples: MakeSamples | None,
 ) -> tuple[ClientData, ClientData]:
-    """The data of one client as it has them, and as they were before any attack."""
+    """The samples of one client as it has them, and as they were before any attack."""
     clean = clients.gather(row.client_id)
     if not padded:
         clean = clean._replace(mask=None)
@@ -123,7 +128,10 @@ def own_data(
             clean,
             data,
         )
-    return data, clean
+    if make_samples is None:
+        return data, clean
+    samples = make_samples(clean)
+    return (samples if data is clean else make_samples(data)), samples
 
 
 class Defended(NamedTuple):
@@ -159,7 +167,7 @@ def defend_cohorts(
 
         def gather(client: Array) -> ClientData:
             row = make_row(state, client, jnp.int32(0), attack)
-            return own_data(clients, row, attacks, padded=True)[0]
+            return own_data(clients, row, attacks, True, first.make_samples)[0]
 
         features = first.model.features
         context = RoundContext(

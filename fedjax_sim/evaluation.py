@@ -10,6 +10,7 @@ from jax.custom_batching import sequential_vmap
 from fedjax_sim import metrics
 from fedjax_sim.cohorts import Row, cohort_rows, data_attacks, join, own_data, split
 from fedjax_sim.models import Model
+from fedjax_sim.pytrees import unraveler
 from fedjax_sim.sharding import over_devices
 from fedjax_sim.state import RoundState
 from fedjax_sim.training import over_rows
@@ -162,10 +163,13 @@ def evaluate_clients(
     sims: Mapping[str, "Simulation"],
     states: Mapping[str, RoundState],
     params: Mapping[str, Params],
+    trained: Mapping[str, Array],
     held_out: Clients,
 ) -> dict[str, dict[str, Array]]:
     """Loss and accuracy ``[k]`` of every system's model on its cohort's own samples.
 
+    And, as ``own_loss`` and ``own_accuracy``, of the model that each client had after
+    its local training: ``trained`` are the updates ``[k, d]`` of the cohorts.
     ``states`` are those before the round, which say who is in the cohort. An attacker
     evaluates on poisoned samples, as it trains on them.
     """
@@ -173,7 +177,7 @@ def evaluate_clients(
     attacks = data_attacks(sims)
 
     def evaluate(clients: Clients, params: Params, row: Row) -> dict[str, Array]:
-        data, _ = own_data(clients, row, attacks, padded=True)
+        data, _ = own_data(clients, row, attacks, True, first.make_samples)
         outputs = first.model.apply(params, data.inputs)
 
         def mean(values: Array) -> Array:
@@ -184,7 +188,18 @@ def evaluate_clients(
             "accuracy": mean(metrics.correct(outputs, data.targets)),
         }
 
+    def own(name: str) -> Params:
+        start = states[name].params
+        moved = jax.vmap(unraveler(start))(trained[name])
+        return jax.tree.map(lambda p, u: p[None] + u, start, moved)
+
     rows = cohort_rows(sims, states)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in sims))
+    joined = join(rows)
     run = over_rows(evaluate, first.client_chunk, first.num_devices)
-    return split(run(held_out, stacked, join(rows)), rows)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(params[n] for n in sims))
+    found = run(held_out, stacked, joined)
+    own_models = jax.tree.map(lambda *x: jnp.concatenate(x), *(own(n) for n in sims))
+    places = jnp.arange(len(joined.system), dtype=joined.system.dtype)
+    of_own = run(held_out, own_models, joined._replace(system=places))
+    found |= {f"own_{field}": values for field, values in of_own.items()}
+    return split(found, rows)

@@ -184,6 +184,8 @@ def play_round(
     new_states = {name: state for name, (state, _) in finished.items()}
     histories = {name: history for name, (_, history) in finished.items()}
 
+    updates = {name: own.updates for name, own in trained.items()}
+
     def measure(params: Mapping[str, Params]) -> dict[str, Any]:
         found: dict[str, Any] = {name: {} for name in sims}
         if arrays.test is not None:
@@ -193,7 +195,7 @@ def play_round(
                 found[n] |= scores._asdict() | {"attack_success": success}
         if arrays.local_test is not None:
             for n, local in evaluate_clients(
-                sims, states, params, arrays.local_test
+                sims, states, params, updates, arrays.local_test
             ).items():
                 found[n]["local"] = local
         return found

@@ -23,6 +23,7 @@ from fedjax_sim.types import (
     ClientUpdate,
     DataAttack,
     Examples,
+    MakeSamples,
     Params,
     UpdateAttack,
 )
@@ -33,6 +34,7 @@ SHARED = (
     "clients",
     "model",
     "client_update",
+    "make_samples",
     "test",
     "local_test",
     "cohort_size",
@@ -69,11 +71,18 @@ class Simulation:
         attack: what Byzantine clients do to their updates.
         data_attack: what they do to their data; both may be given.
         client_defense: what clients leave out of their data before they train.
+        make_samples: what a client makes of the rows it stores, to train on:
+            ``(ClientData) -> ClientData`` of as many rows, after any attack on what is
+            stored. ``fs.data.windows(60)`` cuts a series into windows; ``test`` and
+            ``root`` then hold windows, ``clients`` and ``local_test`` series. Default:
+            the rows are the samples.
         byzantine_update: local training of the Byzantine clients, where it is another
             than ``client_update``: more epochs, another rate or loss. What they learn
             by it then passes through ``attack``.
         num_byzantine: how many of the N clients really are Byzantine (a rule's assumed
-            number is its own argument).
+            number is its own argument), drawn by the key.
+        byzantine_clients: ids of those that are, instead of a draw;
+            ``num_byzantine`` then is their number.
         cohort_size: clients sampled, without replacement, each round. Default: all.
         server_optimizer: optax transformation fed with minus the aggregate. The default
             adds the aggregate as it is.
@@ -112,8 +121,10 @@ class Simulation:
     attack: UpdateAttack | None = None
     data_attack: DataAttack | None = None
     client_defense: ClientDefense | None = None
+    make_samples: MakeSamples | None = None
     byzantine_update: ClientUpdate | None = None
     num_byzantine: int = 0
+    byzantine_clients: tuple[int, ...] | None = None
     # None until __post_init__ has put the default in, so an int to every reader.
     cohort_size: int = None  # type: ignore[assignment]
     server_optimizer: optax.GradientTransformation = optax.sgd(1.0)
@@ -130,6 +141,9 @@ class Simulation:
                 f"cohort_size must be from 1 to the number of clients ({total}); got "
                 f"{cohort}."
             )
+        checks.check_byzantine_clients(self)
+        if self.byzantine_clients is not None:
+            object.__setattr__(self, "num_byzantine", len(self.byzantine_clients))
         checks.check_data(self, sizes, self.num_classes)
         self.client_update.validate(sizes)
         self.aggregator.validate(cohort)

@@ -83,7 +83,9 @@ class History(NamedTuple):
         details: the rule's further per-client arrays ``[R, k]`` by name.
         local: ``loss`` and ``accuracy`` ``[R, k]`` of the new model on every client's
             own held-out samples, poisoned where it is Byzantine; NaN where the round
-            was not evaluated. Empty without ``Simulation.local_test``.
+            was not evaluated; ``own_loss`` and ``own_accuracy`` likewise of the model
+            each client had after its local training, before any attack on its update.
+            Empty without ``Simulation.local_test``.
         defense: of a system with a client defense ``int32 [R, k]``: ``samples`` each
             client trained on, ``poisoned`` samples it had, ``poisoned_left_out`` and
             ``clean_left_out``; and what the defense itself reports. Else empty.
@@ -174,10 +176,14 @@ def _fresh_state(
     round: Array,
     learned: Mapping[Any, PyTree],
 ) -> RoundState:
-    byzantine = jax.random.permutation(
-        jax.random.fold_in(key, BYZANTINE),
-        jnp.arange(sim.num_clients) < sim.num_byzantine,
-    )
+    if sim.byzantine_clients is None:
+        byzantine = jax.random.permutation(
+            jax.random.fold_in(key, BYZANTINE),
+            jnp.arange(sim.num_clients) < sim.num_byzantine,
+        )
+    else:
+        chosen = jnp.array(sim.byzantine_clients, jnp.int32)
+        byzantine = jnp.zeros(sim.num_clients, bool).at[chosen].set(True)
 
     def clients(update: ClientUpdate) -> PyTree:
         return jax.tree.map(

@@ -31,6 +31,7 @@ from fedjax_sim.types import (
     Clients,
     ClientUpdate,
     DataAttack,
+    MakeSamples,
     Params,
     PyTree,
 )
@@ -125,13 +126,15 @@ def make_trainer(
     update: ClientUpdate,
     attacks: tuple[DataAttack, ...],
     padded: bool,
+    make_samples: MakeSamples | None,
     chunk: int,
     num_devices: int = 1,
 ) -> Any:
     """``(clients, params [S, ...], rows [R]) -> the fields of Trained but its ids``."""
 
     def train_one(clients: Clients, params: Params, row: Row) -> Any:
-        data, clean = own_data(clients, row, attacks, padded or row.keep is not None)
+        masked = padded or row.keep is not None
+        data, clean = own_data(clients, row, attacks, masked, make_samples)
         samples = {}
         if row.keep is not None:
             samples = left_out(data, clean, row.keep)
@@ -175,6 +178,7 @@ def train_cohorts(
             update,
             data_attacks(sims),
             first.padded,
+            first.make_samples,
             first.client_chunk,
             first.num_devices,
         )
@@ -227,7 +231,7 @@ def train_roots(
     assert arrays.root is not None
     update = first.client_update.with_steps(first.root_steps)
     train = make_trainer(
-        first.model, update, (), False, first.client_chunk, first.num_devices
+        first.model, update, (), False, None, first.client_chunk, first.num_devices
     )
     keys = jnp.stack([stream(states[n], ROOT) for n in needing])
     count = jnp.arange(len(needing), dtype=jnp.int32)

@@ -82,14 +82,22 @@ class ClientData(NamedTuple):
         return jnp.ones(self.inputs.shape[:1], bool)
 
 
+# What a client makes of the rows it stores, to train on; see ``Simulation``.
+MakeSamples = Callable[[ClientData], ClientData]
+
+
 class Clients(NamedTuple):
     """All clients of a run: one sample pool and an index table into it, no copies.
+
+    Of a series the pool's rows are steps and a client's rows its steps in time order;
+    ``Simulation.make_samples`` then cuts each client's windows out of them.
 
     Attributes:
         inputs: the pool's inputs, ``[P, ...]``.
         targets: the pool's targets, ``int32 [P]``, or ``[P, L]`` of a multilabel task.
         indices: ``int32 [N, m]``, the pool rows of each client; padding holds 0.
-        mask: ``bool [N, m]``, False where ``indices`` is padding. Padding comes last.
+        mask: ``bool [N, m]``, False where ``indices`` is padding, which comes last; of
+            a series, True where a sample begins.
     """
 
     inputs: Array

@@ -21,6 +21,8 @@ from fedjax_sim.attacks.optimal import optimal_alie, optimal_ipm
 from fedjax_sim.attacks.same_value import same_value
 from fedjax_sim.attacks.scaling import scaling
 from fedjax_sim.attacks.schedule import schedule
+from fedjax_sim.attacks.series_backdoors import gradual_pattern, repeated_pattern
+from fedjax_sim.attacks.series_poisoning import pattern_scaling, variability
 from fedjax_sim.attacks.sign_flip import sign_flip
 from fedjax_sim.types import DataAttack, UpdateAttack
 
@@ -51,9 +53,17 @@ DATA_ATTACKS: dict[str, Callable[..., DataAttack]] = {
     "hybrid": hybrid,
     "label_flip": label_flip,
 }
+# On data too, but on series alone: they need to know which columns are channels.
+SERIES_ATTACKS: dict[str, Callable[..., DataAttack]] = {
+    "gradual_pattern": gradual_pattern,
+    "pattern_scaling": pattern_scaling,
+    "repeated_pattern": repeated_pattern,
+    "variability": variability,
+}
 
 __all__ = [
     "DATA_ATTACKS",
+    "SERIES_ATTACKS",
     "UPDATE_ATTACKS",
     "additive_noise",
     "alie",
@@ -64,6 +74,7 @@ __all__ = [
     "fltrust_adaptive",
     "free_rider",
     "gaussian",
+    "gradual_pattern",
     "hybrid",
     "inf_rows",
     "ipm",
@@ -75,8 +86,11 @@ __all__ = [
     "nan_rows",
     "optimal_alie",
     "optimal_ipm",
+    "pattern_scaling",
+    "repeated_pattern",
     "same_value",
     "scaling",
     "schedule",
     "sign_flip",
+    "variability",
 ]

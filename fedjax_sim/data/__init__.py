@@ -11,18 +11,27 @@ from fedjax_sim.data.partition import (
     label_bias,
     shards,
 )
+from fedjax_sim.data.series import SeriesFederation, cut, federate_series, windows
+from fedjax_sim.data.vitals import Record, Vitals, load_vitals
 
 __all__ = [
     "DATASETS",
     "PARTITIONS",
     "Partition",
+    "Record",
+    "SeriesFederation",
+    "Vitals",
     "by_client",
     "clients_from_indices",
+    "cut",
     "dirichlet",
     "federate",
+    "federate_series",
     "hold_out",
     "iid",
     "label_bias",
     "load",
+    "load_vitals",
     "shards",
+    "windows",
 ]

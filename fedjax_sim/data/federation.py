@@ -192,8 +192,8 @@ def hold_out(
     held = np.empty_like(mask)
     np.put_along_axis(held, order, np.arange(mask.shape[1]) < num_held[:, None], axis=1)
     rows = np.asarray(clients.indices)
-    train = _table(rows[mask & ~held], sizes - num_held)
-    held_out = _table(rows[held], num_held)
+    train = index_table(rows[mask & ~held], sizes - num_held)
+    held_out = index_table(rows[held], num_held)
     inputs, targets = clients.inputs, clients.targets
     return Clients(inputs, targets, *train), Clients(inputs, targets, *held_out)
 
@@ -228,7 +228,7 @@ def _clients(
             f"clients, the first of them client {empty[0]}. Lower num_clients, or use "
             "another seed or a partition with less variable sizes."
         )
-    indices, mask = _table(rows[np.argsort(owners, kind="stable")], sizes)
+    indices, mask = index_table(rows[np.argsort(owners, kind="stable")], sizes)
     return Clients(
         inputs=jnp.asarray(pool.inputs),
         targets=jnp.asarray(pool.targets, dtype=jnp.int32),
@@ -237,7 +237,7 @@ def _clients(
     )
 
 
-def _table(rows: np.ndarray, sizes: np.ndarray) -> tuple[Array, Array]:
+def index_table(rows: np.ndarray, sizes: np.ndarray) -> tuple[Array, Array]:
     """``indices`` and ``mask`` of ``Clients`` from the rows of one after the other."""
     mask = np.arange(sizes.max()) < sizes[:, None]
     indices = np.zeros(mask.shape, np.int32)

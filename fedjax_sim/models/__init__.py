@@ -7,13 +7,16 @@ from fedjax_sim.models.model import (
     sigmoid_cross_entropy,
     softmax_cross_entropy,
 )
+from fedjax_sim.models.recurrent import Autoencoder, bilstm
 from fedjax_sim.models.resnet import resnet18
 from fedjax_sim.models.zoo import MODELS, cnn, digits_cnn, leaf_cnn, mlp, small_cnn
 
 __all__ = [
     "MODELS",
+    "Autoencoder",
     "Conv",
     "Model",
+    "bilstm",
     "cnn",
     "digits_cnn",
     "for_task",

@@ -183,6 +183,7 @@ def test_table_is_complete():
     assert {attack.name for attack in CASES.values()} == set(attacks.UPDATE_ATTACKS)
     assert set(attacks.__all__) == {
         *attacks.UPDATE_ATTACKS,
+        *attacks.SERIES_ATTACKS,
         *attacks.DATA_ATTACKS,
         "UPDATE_ATTACKS",
         "DATA_ATTACKS",

@@ -1,0 +1,226 @@
+"""The figures of the FedSecure study: the paper's 8 to 11, and one of our own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+
+from fedjax_sim.client_defenses.reference_model import Training
+from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
+
+WIDE = 2 * COLUMN  # both columns of a paper
+
+
+def _panels(rows: int, columns: int, height: float, width: float = WIDE) -> Any:
+    figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def training_plot(training: Training, channels: Sequence[str]) -> Any:
+    """The paper's figure 8: errors, losses, "accuracy" and a window rebuilt."""
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(2, 2, 4.0)
+        (errors, losses), (same, example) = panels
+        values = training.errors[training.errors > 0]
+        bins = np.geomspace(values.min(), values.max() * 1.001, 50)
+        errors.hist(values, bins=bins, color=COLOURS[0])
+        errors.set_xscale("log")
+        errors.set_xlabel("reconstruction error of a window")
+        errors.set_ylabel("windows")
+        epochs = np.arange(1, len(training.train_loss) + 1)
+        for axes, curves, label in (
+            (losses, (training.train_loss, training.val_loss), "mean squared error"),
+            (
+                same,
+                (training.train_accuracy, training.val_accuracy),
+                "same largest feature",
+            ),
+        ):
+            names = ("trained on", "held out")
+            for i, (name, curve) in enumerate(zip(names, curves, strict=True)):
+                axes.plot(
+                    epochs, curve, color=COLOURS[i], linestyle=LINES[i], label=name
+                )
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.legend()
+        losses.set_yscale("log")
+        window, rebuilt = training.example
+        for c, name in enumerate(channels):
+            colour, word = COLOURS[c], name.replace("_", " ")
+            example.plot(window[:, c], color=colour, label=word)
+            example.plot(rebuilt[:, c], color=colour, linestyle=":", label="rebuilt")
+        example.set_xlabel("step of a window held out")
+        example.set_ylabel("standard deviations")
+        example.legend(ncols=len(channels))
+        for axes, letter in zip(panels.flat, "abcd", strict=True):
+            axes.set_title(f"({letter})", loc="left")
+        return figure
+
+
+def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates of every threshold, from (0, 0) to (1, 1).
+
+    Example:
+        >>> fpr, tpr = roc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([0, 0, 1, 1]))
+        >>> fpr.tolist(), tpr.tolist()
+        ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked, positive = scores[order], labels[order].astype(bool)
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    hits, alarms = np.cumsum(positive)[last], np.cumsum(~positive)[last]
+    tpr = np.append(0.0, hits / max(positive.sum(), 1))
+    fpr = np.append(0.0, alarms / max((~positive).sum(), 1))
+    return fpr, tpr
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under ``roc``; NaN where all labels are alike."""
+    if labels.all() or not labels.any():
+        return float("nan")
+    return float(np.trapezoid(*roc(scores, labels)[::-1]))
+
+
+def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """``[[TN, FP], [FN, TP]]`` of scores above 0.5."""
+    said = scores > 0.5
+    return np.array(
+        [[np.sum((said == s) & (labels == t)) for s in (False, True)] for t in (0, 1)]
+    )
+
+
+def classifier_plot(training: Training) -> Any:
+    """The paper's figure 9: confusion matrix and ROC curve of the classifier."""
+    with mpl.rc_context(STYLE):
+        figure, ((matrix, curve),) = _panels(1, 2, 2.6)
+        counts = confusion(training.scores, training.labels)
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            dark = shares[row, column] > 0.5
+            colour = "white" if dark else "black"
+            matrix.text(column, row, str(count), ha="center", va="center", color=colour)
+        words = ("normal", "anomalous")
+        matrix.set_xticks([0, 1], words)
+        matrix.set_yticks([0, 1], words, rotation=90, va="center")
+        matrix.set_xlabel("classified as")
+        matrix.set_ylabel("window is")
+        matrix.grid(visible=False)
+        area = auc(training.scores, training.labels)
+        curve.plot(*roc(training.scores, training.labels), color=COLOURS[0])
+        curve.plot([0, 1], [0, 1], color="0.6", linewidth=0.6, linestyle=(0, (2, 2)))
+        curve.set_xlabel("false positive rate")
+        curve.set_ylabel("true positive rate")
+        curve.set_title(f"AUC {area:.3f}")
+        curve.set_aspect("equal")
+        return figure
+
+
+def runs_plot(
+    runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    columns: Sequence[str],
+) -> Any:
+    """The paper's figure 10: loss and accuracy of devices and of the global model.
+
+    Args:
+        runs: run to column and ``loss`` or ``accuracy`` (``"device 2 loss"``) to rounds
+            and values.
+        columns: one to a panel.
+    """
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(2, len(columns), 3.9)
+        for axes, (row, column) in zip(
+            panels.flat, [(r, c) for r in ("loss", "accuracy") for c in columns]
+        ):
+            for i, (name, lines) in enumerate(runs.items()):
+                rounds, values = lines[f"{column} {row}"]
+                axes.plot(
+                    rounds,
+                    values,
+                    color=COLOURS[i % len(COLOURS)],
+                    linestyle=LINES[i % len(LINES)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    markevery=max(1, len(rounds) // 6),
+                    label=name,
+                )
+            axes.set_ylabel(row)
+            if row == "loss":
+                axes.set_title(column)
+            else:
+                axes.set_xlabel("round")
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        return figure
+
+
+def distribution_plot(
+    found: Mapping[str, tuple[np.ndarray, np.ndarray]], threshold: float
+) -> Any:
+    """The paper's figure 11: scores (above) and errors (below) of a device, by run.
+
+    Args:
+        found: run to scores and errors of the device's windows.
+        threshold: the device's.
+    """
+    every = np.concatenate([errors for _, errors in found.values()])
+    low, high = np.quantile(every[every > 0], [0.001, 0.999])
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(2, len(found), 3.0)
+        for i, (name, (scores, errors)) in enumerate(found.items()):
+            top, bottom = panels[:, i]
+            top.hist(scores, bins=np.linspace(0, 1, 26), color=COLOURS[i > 0])
+            top.axvline(threshold, color="0.2", linewidth=0.8, linestyle=(0, (3, 2)))
+            top.set_xlim(0, 1)
+            top.set_title(name, fontsize=6.5)
+            shown = np.clip(errors, low, high)
+            bottom.hist(shown, bins=np.geomspace(low, high, 26), color=COLOURS[i > 0])
+            bottom.set_xscale("log")
+            top.set_xlabel("score")
+            bottom.set_xlabel("error")
+        panels[0, 0].set_ylabel("windows")
+        panels[1, 0].set_ylabel("windows")
+        return figure
+
+
+def strength_plot(
+    found: Mapping[str, tuple[Sequence[float], np.ndarray]], limit: float
+) -> Any:
+    """How many windows devices flag in their own series, by strength of the attack.
+
+    Args:
+        found: name of an attack and its option to strengths ``[S]`` and shares of
+            flagged windows ``[S, N]``; the first strength is no attack.
+        limit: the share above which a device stays out.
+    """
+    with mpl.rc_context(STYLE):
+        figure, panels = _panels(1, len(found), 2.2)
+        for axes, (name, (strengths, shares)) in zip(panels[0], found.items()):
+            _strength_panel(axes, strengths, shares, limit)
+            axes.set_xlabel(name)
+        panels[0, 0].set_ylabel("windows flagged")
+        return figure
+
+
+def _strength_panel(
+    axes: Axes, strengths: Sequence[float], shares: np.ndarray, limit: float
+) -> None:
+    places = np.arange(len(strengths))
+    if shares.shape[1] <= 8:
+        for device, values in enumerate(shares.T):
+            axes.plot(
+                places,
+                values,
+                color=COLOURS[device % len(COLOURS)],
+                marker=MARKERS[device % len(MARKERS)],
+                linewidth=0.8,
+            )
+    else:
+        lows, middle, highs = np.quantile(shares, [0.1, 0.5, 0.9], axis=1)
+        axes.fill_between(places, lows, highs, color=COLOURS[0], alpha=0.2, linewidth=0)
+        axes.plot(places, middle, color=COLOURS[0], marker=MARKERS[0])
+    axes.axhline(limit, color="0.2", linewidth=0.8, linestyle=(0, (3, 2)))
+    axes.set_xticks(places, ["none", *(f"{s:g}" for s in strengths[1:])])
+    axes.set_ylim(-0.02, 1.02)

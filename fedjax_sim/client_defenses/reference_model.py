@@ -1,0 +1,505 @@
+"""FedSecure's detector: a reference model of clean series, and a classifier.
+
+The reference model rebuilds windows of a series; what it cannot rebuild is unusual. The
+classifier turns the error of a window into a score from 0 to 1. Both are trained by the
+server on clean windows before the federated run, and then handed to every device.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_sim.models.recurrent import Autoencoder
+from fedjax_sim.registry import check_count, check_number
+from fedjax_sim.types import AnyArray, Array, PyTree
+
+# A share of the windows, drawn at random, that the reference model is not trained on.
+HELD_OUT = 0.2
+FOLDS = 5
+# Errors that are all alike have none.
+_LEAST_SPREAD = 1e-6
+# Windows of which the network's states are in memory at once.
+_BATCH = 500
+
+
+class Detector(NamedTuple):
+    """A trained reference model and classifier: arrays only.
+
+    Attributes:
+        autoencoder: parameters of ``models.Autoencoder``.
+        layers: of the classifier, ``(W [in, out], b [out])`` each; ReLU between them, a
+            sigmoid after the last.
+    """
+
+    autoencoder: PyTree
+    layers: tuple[tuple[Array, Array], ...]
+
+
+class Scale(NamedTuple):
+    """What is usual for a device: its clean errors' logarithm.
+
+    Attributes:
+        center: ``float32 []``, its mean.
+        spread: ``float32 []``, its standard deviation.
+    """
+
+    center: Array
+    spread: Array
+
+
+class Fold(NamedTuple):
+    """Accuracy and loss of a classifier on what it was trained on, and on the rest."""
+
+    train_accuracy: AnyArray
+    train_loss: AnyArray
+    val_accuracy: AnyArray
+    val_loss: AnyArray
+
+
+class Training(NamedTuple):
+    """How the training of a ``Detector`` went.
+
+    Attributes:
+        train_loss, val_loss: ``float32 [epochs]``, mean squared error per value after
+            each epoch, on the windows trained on and on those held out.
+        train_accuracy, val_accuracy: ``float32 [epochs]``, share of steps whose largest
+            feature is the largest in the rebuilt step too; see ``train_detector``.
+        errors: ``float32 [s]``, of all windows, by the final reference model.
+        labels: ``bool [s]``, those that count as anomalous for the classifier.
+        limits: ``float32 [D]``, the error above which, per device.
+        device: ``int32 [s]``, whose each window is.
+        folds: the classifier's five-fold cross-validation, ``[5]`` each.
+        scores: ``float32 [s]``, of every window by the fold that was not trained on it.
+        example: ``(window, rebuilt)`` of a window held out, ``[L, F]`` each.
+    """
+
+    train_loss: np.ndarray
+    val_loss: np.ndarray
+    train_accuracy: np.ndarray
+    val_accuracy: np.ndarray
+    errors: np.ndarray
+    labels: np.ndarray
+    limits: np.ndarray
+    device: np.ndarray
+    folds: Fold
+    scores: np.ndarray
+    example: tuple[np.ndarray, np.ndarray]
+
+
+def reconstruction_errors(windows: Array, rebuilt: Array) -> Array:
+    """Mean squared error of each window.
+
+    ``E_j = 1 / (L F) sum_tk (s_jtk - s'_jtk)^2``.
+
+    Args:
+        windows: ``s [b, L, F]``.
+        rebuilt: ``s'``, of the same shape.
+
+    Returns:
+        ``float32 [b]``.
+
+    Example:
+        >>> windows = jnp.array([[[1.0], [2.0]], [[2.0], [4.0]]])
+        >>> rebuilt = jnp.array([[[1.0], [2.0]], [[2.0], [2.0]]])
+        >>> reconstruction_errors(windows, rebuilt).tolist()
+        [0.0, 2.0]
+    """
+    return jnp.mean(jnp.square(windows - rebuilt), axis=(1, 2))
+
+
+def classify(layers: Sequence[tuple[Array, Array]], x: Array) -> Array:
+    """Scores of a fully connected network: ReLU between layers, a sigmoid at the end.
+
+    ``h_j = max(0, W_j h_{j-1} + b_j)``, ``a = sigmoid(w h + b)``.
+
+    Args:
+        layers: ``(W [in, out], b [out])`` each; the last has one output.
+        x: ``[s, in]``.
+
+    Returns:
+        ``float32 [s]`` in (0, 1).
+
+    Example:
+        >>> one = jnp.ones((1, 1)), jnp.zeros(1)
+        >>> classify([one, one], jnp.array([[-5.0], [0.0]])).tolist()
+        [0.5, 0.5]
+    """
+    return jax.nn.sigmoid(_logits(layers, x))
+
+
+def _logits(layers: Sequence[tuple[Array, Array]], x: Array) -> Array:
+    for i, (weights, bias) in enumerate(layers):
+        # A sum of products would be a matrix product in tf32 on some devices.
+        x = jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST) + bias[None]
+        if i < len(layers) - 1:
+            x = jax.nn.relu(x)
+    return x[:, 0]
+
+
+def _hidden(autoencoder: PyTree) -> int:
+    """Units of each direction, from the parameters."""
+    return int(autoencoder["Dense_0"]["kernel"].shape[0]) // 2
+
+
+def rebuild(detector: Detector, windows: Array) -> Array:
+    """What the reference model makes of windows ``[b, L, F]``."""
+    net = Autoencoder(_hidden(detector.autoencoder))
+    rebuilt: Any = net.apply({"params": detector.autoencoder}, windows)
+    return rebuilt
+
+
+def window_errors(detector: Detector, windows: Array) -> Array:
+    """Reconstruction errors ``float32 [s]`` of windows ``[s, L, F]``, in batches."""
+    count = len(windows)
+    size = min(_BATCH, count)
+    places = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1)
+
+    def batch(rows: Array) -> Array:
+        return reconstruction_errors(windows[rows], rebuild(detector, windows[rows]))
+
+    return jax.lax.map(batch, places.reshape(-1, size)).reshape(-1)[:count]
+
+
+def error_scale(errors: Array, mask: Array | None = None) -> Scale:
+    """Mean and standard deviation of the logarithm of a device's errors ``[s]``.
+
+    Example:
+        >>> found = error_scale(jnp.exp(jnp.array([1.0, 3.0])))
+        >>> float(found.center), float(found.spread)
+        (2.0, 1.0)
+    """
+    if mask is None:
+        mask = jnp.ones(errors.shape, bool)
+    logs, count = _log(errors), jnp.maximum(mask.sum(), 1)
+    center = jnp.where(mask, logs, 0.0).sum() / count
+    spread = jnp.sqrt(jnp.where(mask, jnp.square(logs - center), 0.0).sum() / count)
+    return Scale(center, jnp.maximum(spread, _LEAST_SPREAD))
+
+
+def anomaly_scores(detector: Detector, errors: Array, scale: Scale) -> Array:
+    """The classifier's scores ``float32 [s]`` of a device's errors ``[s]``.
+
+    It sees ``(log E - center) / spread``. An error that is not finite scores 1.
+    """
+    scores = classify(detector.layers, _as_input(errors, scale))
+    return jnp.where(jnp.isfinite(errors), scores, 1.0)
+
+
+def _log(errors: Array) -> Array:
+    return jnp.log(jnp.maximum(errors, jnp.finfo(jnp.float32).tiny))
+
+
+def _as_input(errors: Array, scale: Scale) -> Array:
+    return ((_log(errors) - scale.center) / scale.spread)[:, None]
+
+
+def adaptive_threshold(
+    scores: Array,
+    mask: Array | None = None,
+    k: float = 3.0,
+    percentile: float = 95.0,
+    mix: float = 0.5,
+    low: float = 0.5,
+    high: float = 0.99,
+) -> Array:
+    """The threshold of one device: its mean, its spread and a percentile, mixed.
+
+    ``T = clip(mix (mu + k sigma) + (1 - mix) P_q, low, high)`` of the scores of clean
+    windows (sigma with ddof 0, percentiles interpolated linearly).
+
+    Args:
+        scores: ``[s]``.
+        mask: ``bool [s]``, the scores that count; all if None.
+        k: how many standard deviations.
+        percentile: ``q`` in percent.
+        mix: weight of the first term.
+        low, high: bounds of T; ``-inf`` and ``inf`` for none.
+
+    Returns:
+        ``float32 []``; ``high`` without any score.
+
+    Example:
+        >>> scores = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5])
+        >>> round(float(adaptive_threshold(scores)), 6)
+        0.602132
+    """
+    if mask is None:
+        mask = jnp.ones(scores.shape, bool)
+    count = mask.sum()
+    mean = jnp.where(mask, scores, 0.0).sum() / jnp.maximum(count, 1)
+    square = jnp.where(mask, jnp.square(scores - mean), 0.0).sum()
+    sigma = jnp.sqrt(square / jnp.maximum(count, 1))
+    ordered = jnp.sort(jnp.where(mask, scores, jnp.inf))
+    place = percentile / 100.0 * jnp.maximum(count - 1, 0)
+    below = jnp.floor(place).astype(jnp.int32)
+    above = jnp.minimum(below + 1, jnp.maximum(count - 1, 0))
+    part = place - below
+    share = ordered[below] + part * (ordered[above] - ordered[below])
+    found = mix * (mean + k * sigma) + (1.0 - mix) * share
+    return jnp.where(count > 0, jnp.clip(found, low, high), high)
+
+
+def error_limits(errors: Array, device: Array, num_devices: int) -> Array:
+    """Per device, the error above which a window counts as anomalous, ``[D]``.
+
+    ``(mu + 3 sigma) / 2 + P95 / 2`` of the device's errors: ``adaptive_threshold``
+    without bounds.
+    """
+
+    def one(number: Array) -> Array:
+        own = device == number
+        return adaptive_threshold(errors, own, low=-jnp.inf, high=jnp.inf)
+
+    return jax.vmap(one)(jnp.arange(num_devices))
+
+
+def train_detector(
+    key: Array,
+    windows: AnyArray,
+    device: AnyArray,
+    *,
+    hidden: int = 64,
+    epochs: int = 31,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    layers: Sequence[int] = (32, 16),
+    classifier_epochs: int = 500,
+) -> tuple[Detector, Training]:
+    """Trains the reference model, then the classifier on its errors.
+
+    1. A fifth of the windows, drawn at random, is held out. A BiLSTM ``Autoencoder`` is
+       trained on the others by Adam to the smallest mean squared error.
+    2. The errors ``E`` of all windows. Per device, those above ``(mu + 3 sigma) / 2 +
+       P95 / 2`` of its errors are the positives.
+    3. A classifier of dense layers learns to tell them from ``(log E - center) /
+       spread``, per device, by binary cross-entropy (Adam, full batches): in five
+       folds, and then on all.
+
+    Windows overlap, so that a window held out shares all but one step with some that
+    are not: validation loss says that the optimizer works, and nothing about another
+    day. The same goes for the folds, and their task is easy besides: a positive is
+    defined by the very error that the classifier sees.
+
+    Args:
+        key: a typed PRNG key.
+        windows: clean ones, ``float32 [s, L, F]``.
+        device: ``int [s]``, whose each is, from 0.
+        hidden: units of each direction.
+        epochs: of the reference model; the paper's figure 8 has 31.
+        batch_size: windows a step, at most those trained on.
+        learning_rate: of both.
+        layers: widths of the classifier's hidden layers.
+        classifier_epochs: its steps.
+
+    Returns:
+        The ``Detector``, and the ``Training`` as NumPy arrays. Its accuracies are the
+        share of steps at which the largest feature of the window is the largest of the
+        rebuilt one: what Keras reports as "accuracy" of outputs with several features,
+        and so perhaps the paper's 95 %.
+
+    Raises:
+        TypeError, ValueError: an option out of range, windows that are not finite
+            ``[s, L, F]``, or a training that diverged.
+
+    Example:
+        >>> windows = np.random.default_rng(0).normal(size=(50, 6, 1))
+        >>> detector, training = train_detector(
+        ...     jax.random.key(0), windows.astype(np.float32), np.zeros(50, int),
+        ...     hidden=4, epochs=2, classifier_epochs=5)
+        >>> scale = error_scale(jnp.asarray(training.errors))
+        >>> anomaly_scores(detector, jnp.array([0.1, 9.0]), scale).shape
+        (2,)
+        >>> training.val_loss.shape, training.folds.val_accuracy.shape
+        ((2,), (5,))
+
+    References:
+        The paper of FedSecure, "FedSecure: an adaptive anomaly detection and poisoning
+        attack mitigation framework for IoMT", sections V and VII.
+
+    Differs from the paper: it gives no layer sizes, rates or batch, and defines the
+    error both as a norm and as a mean over features; here it is the mean over the
+    window. Positives are by its "integrated" limit of mean, standard deviation and
+    percentile, whose formula it does not give. It says that the classifier adapts to
+    each device and not how; here it sees the error relative to the device's own.
+    """
+    hidden = check_count("hidden", hidden, 1)
+    epochs = check_count("epochs", epochs, 1)
+    batch_size = check_count("batch_size", batch_size, 1)
+    learning_rate = check_number("learning_rate", learning_rate, 0)
+    widths = [check_count("layers", width, 1) for width in layers]
+    classifier_epochs = check_count("classifier_epochs", classifier_epochs, 1)
+    x = jnp.asarray(windows, jnp.float32)
+    device = np.asarray(device)
+    if x.ndim != 3 or device.shape != x.shape[:1]:
+        raise ValueError(
+            "train_detector needs windows [s, L, F] and a device [s] for each; got "
+            f"shapes {x.shape} and {device.shape}."
+        )
+    if not np.isfinite(np.asarray(x)).all():
+        raise ValueError(
+            "train_detector needs finite windows; got a NaN or infinity. Leave out the "
+            "windows with samples that are missing."
+        )
+    split_key, net_key, fit_key, fold_key, final_key = jax.random.split(key, 5)
+    order = jax.random.permutation(split_key, len(x))
+    held = round(HELD_OUT * len(x))
+    if held < 1 or len(x) - held < max(batch_size, FOLDS):
+        raise ValueError(
+            f"train_detector needs more windows: {len(x)} leave {len(x) - held} to "
+            f"train on, with batch_size={batch_size}. Lower batch_size, shorten the "
+            "windows or give more of the series."
+        )
+    val, train = x[order[:held]], x[order[held:]]
+    params, curves = _fit_autoencoder(
+        net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate
+    )
+    errors = jax.jit(window_errors)(Detector(params, ()), x)
+    if not np.isfinite(errors).all():
+        raise ValueError(
+            "the reference model diverged: its errors are not finite. Lower "
+            f"learning_rate ({learning_rate:g})."
+        )
+    num_devices = int(device.max()) + 1
+    limits = error_limits(errors, jnp.asarray(device), num_devices)
+    labels = errors > limits[device]
+    own = jax.vmap(lambda d: error_scale(errors, jnp.asarray(device) == d))
+    scales = own(jnp.arange(num_devices))
+    inputs = _as_input(errors, jax.tree.map(lambda x: x[device], scales))
+
+    fold = np.arange(len(x)) % FOLDS
+    fold = np.asarray(jax.random.permutation(fold_key, jnp.asarray(fold)))
+    settings = (tuple(widths), classifier_epochs, learning_rate)
+    used = jnp.asarray(fold[None] != np.arange(FOLDS)[:, None])
+    keys = jax.random.split(final_key, FOLDS + 1)
+    each = jax.vmap(
+        lambda key, weight: _fit_classifier(key, inputs, labels, weight, *settings)
+    )
+    trained = jax.jit(each)(keys[:FOLDS], used)
+    folds, scores = jax.jit(jax.vmap(_judge, in_axes=(0, None, None, 0)))(
+        trained, inputs, labels, used
+    )
+    everything = jnp.ones(len(x), bool)
+    final = jax.jit(_fit_classifier, static_argnums=(4, 5, 6))(
+        keys[FOLDS], inputs, labels, everything, *settings
+    )
+    detector = Detector(params, final)
+    shown = val[:1]
+    training = Training(
+        **{name: np.asarray(curve) for name, curve in curves.items()},
+        errors=np.asarray(errors),
+        labels=np.asarray(labels),
+        limits=np.asarray(limits),
+        device=device,
+        folds=jax.tree.map(np.asarray, folds),
+        scores=np.asarray(scores)[fold, np.arange(len(x))],
+        example=(np.asarray(shown[0]), np.asarray(rebuild(detector, shown)[0])),
+    )
+    return detector, training
+
+
+def _fit_autoencoder(
+    net_key: Array,
+    key: Array,
+    train: Array,
+    val: Array,
+    hidden: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+) -> tuple[PyTree, dict[str, Array]]:
+    """Parameters, and losses and accuracies of the ``epochs``: one compiled scan."""
+    net, optimizer = Autoencoder(hidden), optax.adam(learning_rate)
+    steps = len(train) // batch_size
+
+    def loss_of(params: PyTree, windows: Array) -> Array:
+        rebuilt: Any = net.apply({"params": params}, windows)
+        return reconstruction_errors(windows, rebuilt).mean()
+
+    def measure(params: PyTree, windows: Array) -> tuple[Array, Array]:
+        def batch(rows: Array) -> tuple[Array, Array]:
+            chosen = windows[jnp.minimum(rows, count - 1)]
+            rebuilt: Any = net.apply({"params": params}, chosen)
+            same = jnp.argmax(rebuilt, axis=2) == jnp.argmax(chosen, axis=2)
+            return reconstruction_errors(chosen, rebuilt), same.mean(axis=1)
+
+        count = len(windows)
+        size = min(_BATCH, count)
+        rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
+        found = jax.lax.map(batch, rows)
+        loss, same = (values.reshape(-1)[:count].mean() for values in found)
+        return loss, same
+
+    def epoch(carry: PyTree, key: Array) -> tuple[PyTree, dict[str, Array]]:
+        order = jax.random.permutation(key, len(train))[: steps * batch_size]
+
+        def step(carry: PyTree, rows: Array) -> tuple[PyTree, None]:
+            params, state = carry
+            grad = jax.grad(loss_of)(params, train[rows])
+            moved, state = optimizer.update(grad, state)
+            return (optax.apply_updates(params, moved), state), None
+
+        carry, _ = jax.lax.scan(step, carry, order.reshape(steps, batch_size))
+        found: dict[str, Array] = {}
+        for name, windows in (("train", train), ("val", val)):
+            loss, same = measure(carry[0], windows)
+            found |= {f"{name}_loss": loss, f"{name}_accuracy": same}
+        return carry, found
+
+    @jax.jit
+    def run(params: PyTree) -> tuple[PyTree, dict[str, Array]]:
+        carry = params, optimizer.init(params)
+        (params, _), curves = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
+        return params, curves
+
+    return run(net.init(net_key, train[:1])["params"])
+
+
+def _fit_classifier(
+    key: Array,
+    x: Array,
+    labels: Array,
+    weight: Array,
+    widths: tuple[int, ...],
+    epochs: int,
+    learning_rate: float,
+) -> tuple[tuple[Array, Array], ...]:
+    """A classifier trained on the samples where ``weight`` is True."""
+    optimizer = optax.adam(10 * learning_rate)
+    sizes = [x.shape[1], *widths, 1]
+    keys = jax.random.split(key, len(sizes) - 1)
+    he = jax.nn.initializers.he_normal()
+    layers = tuple(
+        (he(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:])
+    )
+
+    def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
+        layers, state = carry
+        grad = jax.grad(_cross_entropy)(layers, x, labels, weight)
+        moved, state = optimizer.update(grad, state)
+        return (optax.apply_updates(layers, moved), state), None
+
+    carry = layers, optimizer.init(layers)
+    (layers, _), _ = jax.lax.scan(step, carry, None, length=epochs)
+    return layers
+
+
+def _cross_entropy(layers: PyTree, x: Array, labels: Array, weight: Array) -> Array:
+    losses = optax.sigmoid_binary_cross_entropy(_logits(layers, x), labels)
+    return jnp.where(weight, losses, 0.0).sum() / jnp.maximum(weight.sum(), 1)
+
+
+def _judge(layers: PyTree, x: Array, labels: Array, used: Array) -> tuple[Fold, Array]:
+    scores = classify(layers, x)
+    right = ((scores > 0.5) == labels).astype(jnp.float32)
+
+    def accuracy(weight: Array) -> Array:
+        return jnp.where(weight, right, 0.0).sum() / jnp.maximum(weight.sum(), 1)
+
+    parts = []
+    for weight in (used, ~used):
+        parts += [accuracy(weight), _cross_entropy(layers, x, labels, weight)]
+    return Fold(*parts), scores
