@@ -30,9 +30,12 @@ REGISTRIES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "Client defenses": fs.client_defenses.CLIENT_DEFENSES,
     "Attacks on updates": fs.attacks.UPDATE_ATTACKS,
     "Attacks on data": fs.attacks.DATA_ATTACKS,
+    "Attacks on series": fs.attacks.SERIES_ATTACKS,
 }
+# Sizes that no option has by chance: parameters, clients, samples of a client.
+D, N, M = 7919, 104729, 1009
 # Values for options without a default, by their name.
-GIVEN = {
+GIVEN: dict[str, Any] = {
     "max_byzantine": 0,
     "num_classes": 10,
     "num_clusters": 10,
@@ -44,6 +47,11 @@ GIVEN = {
     "threshold": 1,
     "bound": 1.0,
     "radius": 1.0,
+    "num_channels": 2,
+    "detector": fs.client_defenses.Detector({}, ()),
+    "calibration": fs.client_defenses.Calibration(
+        fs.client_defenses.Scale(jnp.zeros(N), jnp.ones(N)), jnp.zeros(N)
+    ),
 }
 # Conditions on n clients of which f are assumed, or m are, Byzantine; the first that
 # agrees with `validate` everywhere is what the table says.
@@ -82,10 +90,6 @@ NEEDS = {
 }
 
 
-# Sizes that no option has by chance: parameters, clients, samples of a client.
-D, N, M = 7919, 104729, 1009
-
-
 def sections(factory: Callable[..., Any]) -> dict[str, str]:
     """The docstring's paragraphs by the heading they stand under, "" for the first."""
     text = inspect.cleandoc(factory.__doc__ or "")
@@ -103,8 +107,13 @@ def sections(factory: Callable[..., Any]) -> dict[str, str]:
 
 
 def paper(references: str) -> str:
-    """``First author et al., Venue year`` of the first reference."""
+    """``First author et al., Venue year`` of the first reference.
+
+    Of one without authors, which starts with its title, the title's first word.
+    """
     first = references.split("\n\n")[0]
+    if first.startswith('"'):
+        return re.split(r"[,:]", first[1:])[0]
     match = re.match(
         r'(?P<authors>[^"]+),? "[^"]+",? (?P<venue>.+?\b(19|20)\d\d)\b(?!\.\d)', first
     )
@@ -207,7 +216,7 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def tables() -> dict[str, str]:
     """Heading -> Markdown table."""
-    rules, before, clients, updates, data = [], [], [], [], []
+    rules, before, clients, updates, data, series = [], [], [], [], [], []
     for name, factory in sorted(fs.aggregators.REGISTRY.items()):
         rule = factory(**options(factory, max_byzantine=0))
         rules.append(
@@ -255,6 +264,9 @@ def tables() -> dict[str, str]:
         if name == "label_flip":
             success = "if targeted"
         data.append(row(name, poison, success))
+    for name, make in sorted(fs.attacks.SERIES_ATTACKS.items()):
+        takes = "target" in inspect.signature(make).parameters
+        series.append(row(name, make, "with `target`" if takes else "-"))
     common = ("paper", "needs n, f", "state", "needs")
     end = ("cost", "differs from the paper")
     return {
@@ -278,6 +290,9 @@ def tables() -> dict[str, str]:
         ),
         "Attacks on data": markdown(
             ("", "what Byzantine clients train on", "paper", "success rate", *end), data
+        ),
+        "Attacks on series": markdown(
+            ("", "what becomes of a series", "paper", "success rate", *end), series
         ),
     }
 

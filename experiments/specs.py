@@ -246,6 +246,9 @@ def make_defense(
     """
     call, *_ = parse(text)
     table = fs.client_defenses.CLIENT_DEFENSES
+    rules = fs.aggregators.REGISTRY | fs.aggregators.PRE_AGGREGATORS
+    if "." not in call.name:  # else it is the user's own rule
+        lookup("defense", call.name, {**table, **rules})
     if call.name not in table:
         return Defense(None, make_aggregator(text, max_byzantine))
     options = dict(usual or {})

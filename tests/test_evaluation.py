@@ -13,6 +13,7 @@ from fedjax_sim.types import Clients, Dataset, Examples
 N, K, L, ATTACKERS = 6, 4, 3, 2
 SIZES = (9, 12, 7, 10, 12, 8)
 SEEDS = (0, 1)
+LOCAL = {"loss", "accuracy", "own_loss", "own_accuracy"}
 SCORES = ("accuracy", "auc", "balanced_accuracy", "class_recall", "class_specificity")
 
 
@@ -141,7 +142,7 @@ def test_clients_are_evaluated_on_their_own_samples(played):
     absent = 0
     for name, sim, state, history in each(played):
         own = jax.device_get(sim.local_test)
-        assert set(history.local) == {"loss", "accuracy"}
+        assert set(history.local) == LOCAL
         for values in history.local.values():
             assert values.shape == (2, K)
             assert np.isnan(values[0]).all()  # not evaluated
@@ -211,10 +212,46 @@ def test_what_is_not_there_is_not_evaluated():
 
     assert shapes(local_test=None).local == {}
     without = shapes(test=None)
-    assert {k: v.shape for k, v in without.local.items()} == {
-        "loss": (3, K),
-        "accuracy": (3, K),
-    }
+    assert {k: v.shape for k, v in without.local.items()} == dict.fromkeys(
+        LOCAL, (3, K)
+    )
+
+
+def keeping():
+    """A rule that keeps what clients sent, and leaves the model as it is."""
+
+    def init(params, num_clients):
+        return jax.tree.map(lambda w: jnp.zeros((K, *w.shape), w.dtype), params)
+
+    def apply(updates, state, context):
+        info = fs.types.AggregatorInfo(
+            jnp.ones(K) / K, jnp.zeros(K, bool), jnp.zeros(K)
+        )
+        return jax.tree.map(lambda u: 0.0 * u[0], updates), updates, info
+
+    return fs.types.Aggregator(init, apply, lambda size: None, name="keeping")
+
+
+@pytest.mark.parametrize("attack", [None, fs.attacks.sign_flip(scale=9.0)])
+def test_a_client_s_own_model_is_the_one_it_trained(attack):
+    options = {"attack": attack, "num_byzantine": ATTACKERS} if attack else {}
+    sim = simulate(aggregator=keeping(), **options)
+    start = jax.device_get(sim.init(jax.random.key(3)))
+    state, history = sim.run(jax.random.key(3), num_rounds=1)
+    state, own = jax.device_get(state), jax.device_get(sim.local_test)
+    for place, client in enumerate(history.client_ids[0]):
+        sent = jax.tree.map(lambda u, p=place: u[p], state.aggregator)
+        if attack and state.byzantine[client]:
+            sent = jax.tree.map(lambda u: u / -9.0, sent)  # what it did not send
+        model = jax.tree.map(lambda w, u: w + u, start.params, sent)
+        rows = own.indices[client][own.mask[client]]
+        outputs = outputs_of(model, own.inputs[rows])
+        losses = [loss_of(o, own.targets[r]) for o, r in zip(outputs, rows)]
+        hits = [right(o, own.targets[r]) for o, r in zip(outputs, rows)]
+        found = {field: values[0, place] for field, values in history.local.items()}
+        np.testing.assert_allclose(found["own_loss"], np.mean(losses), rtol=1e-4)
+        np.testing.assert_allclose(found["own_accuracy"], np.mean(hits), rtol=1e-5)
+        assert found["own_loss"] < found["loss"]  # of the server's, which stays
 
 
 # What is refused

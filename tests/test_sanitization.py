@@ -138,7 +138,7 @@ def test_attackers_are_rounded_up():
         (("--poison", "0"), r"--poison and --poisons must be .* in \(0, 1\]; got 0"),
         (("--poison", "nan"), "--poison and --poisons must be a finite number"),
         (("--defenses", "krum", "krum"), "--defenses needs one value or more, each"),
-        (("--defenses", "sanitisation"), "unknown aggregator 'sanitisation'"),
+        (("--defenses", "sanitisation"), "unknown defense 'sanitisation'"),
         (("--defenses", "sanitization(vote='me')"), "unknown vote of sanitization"),
         (("--defenses", "krum+sanitization"), "unknown aggregator 'sanitization'"),
         (
@@ -219,4 +219,4 @@ def test_defense_time_measures_every_defense(finished):
     # 8 of 10 clients, of which 8 have 18 batches of 8 samples and 2 have 19.
     assert cost.batches == round(8 * (8 * 18 + 2 * 19) / 10)
     assert isinstance(phase, runner.Phase)
-    assert fs.client_defenses.CLIENT_DEFENSES.keys() == {"sanitization"}
+    assert fs.client_defenses.CLIENT_DEFENSES.keys() == {"fedsecure", "sanitization"}

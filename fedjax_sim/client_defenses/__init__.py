@@ -10,6 +10,7 @@ from fedjax_sim.client_defenses.fedsecure import (
 )
 from fedjax_sim.client_defenses.reference_model import (
     Detector,
+    Scale,
     Training,
     adaptive_threshold,
     train_detector,
@@ -26,6 +27,7 @@ __all__ = [
     "CLIENT_DEFENSES",
     "Calibration",
     "Detector",
+    "Scale",
     "Training",
     "adaptive_threshold",
     "calibrate",

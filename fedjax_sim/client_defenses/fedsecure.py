@@ -136,7 +136,7 @@ def fedsecure(
         (False, [True])
 
     References:
-        "FedSecure: an adaptive anomaly detection and poisoning attack mitigation
+        "FedSecure, an adaptive anomaly detection and poisoning attack mitigation
         framework for IoMT, using hybrid deep learning models", algorithm 1.
 
     Differs from the paper: its algorithm excludes a device above a share of flagged

@@ -317,8 +317,8 @@ def train_detector(
         ((2,), (5,))
 
     References:
-        The paper of FedSecure, "FedSecure: an adaptive anomaly detection and poisoning
-        attack mitigation framework for IoMT", sections V and VII.
+        "FedSecure, an adaptive anomaly detection and poisoning attack mitigation
+        framework for IoMT, using hybrid deep learning models", sections V and VII.
 
     Differs from the paper: it gives no layer sizes, rates or batch, and defines the
     error both as a norm and as a mean over features; here it is the mean over the
@@ -386,6 +386,12 @@ def train_detector(
     final = jax.jit(_fit_classifier, static_argnums=(4, 5, 6))(
         keys[FOLDS], inputs, labels, everything, *settings
     )
+    # Scores that are NaN would be above no threshold: nobody would ever be flagged.
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final)):
+        raise ValueError(
+            "the classifier diverged: its parameters are not finite. Lower "
+            f"learning_rate ({learning_rate:g})."
+        )
     detector = Detector(params, final)
     shown = val[:1]
     training = Training(

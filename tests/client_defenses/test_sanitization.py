@@ -330,7 +330,7 @@ def test_label_codes():
 
 def test_contract():
     registered = CLIENT_DEFENSES
-    assert registered == {"sanitization": sanitization}
+    assert registered["sanitization"] is sanitization
     assert LOCAL.name == GLOBAL.name == "sanitization"
     assert GLOBAL.needs == {"key", "round", "client_ids"}
     assert LOCAL.needs == GLOBAL.needs | {"features"}

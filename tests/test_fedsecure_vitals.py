@@ -1,0 +1,288 @@
+"""The FedSecure study: from the command line to tables and plots."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import fedjax_sim as fs
+from experiments import (
+    fedsecure_detector,
+    fedsecure_plots,
+    fedsecure_report,
+    fedsecure_vitals,
+    specs,
+)
+from experiments.fedsecure_vitals import PRESETS, Cell, Config, cells, parse
+
+ATTACKS = ("pattern_scaling(scale=6)", "repeated_pattern(target=0)")
+TINY = (
+    *("--preset", "demo", "--source", "generated(patients=4, minutes=160)"),
+    *("--devices", "4", "--window", "8", "--rounds", "2", "--eval-every", "1"),
+    *("--detector-hidden", "4", "--detector-epochs", "3", "--batch-size", "8"),
+    *("--hidden", "4", "--root-size", "0", "--history", "0"),
+    *("--attacks", *ATTACKS, "--defenses", "fedsecure", "--later-defenses"),
+)
+
+
+def play(config):
+    with open(os.devnull, "w") as file:
+        return fedsecure_vitals.run(config, Console(file=file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    config = parse([*TINY, "--out", str(out)])
+    return config, play(config)
+
+
+def by_cell(finished):
+    config, result = finished
+    return {cell: result.histories[cell.name] for cell in cells(config)}
+
+
+def test_a_run_writes_its_tables_plots_and_records(finished):
+    config, result = finished
+    text = (config.out / "summary.md").read_text()
+    for title in ("Devices", "Runs: same", "Defenses: same", "Screening: same"):
+        assert f"## {title}" in text
+    assert "the paper's table I" in text
+    assert "later" not in text.split("## Devices")[1]
+    assert "python -m experiments.fedsecure_vitals --preset demo" in text
+    for name in ("reference_model", "classifier", "runs", "scores", "strengths"):
+        png = (config.out / f"same_{name}.png").read_bytes()
+        assert png.startswith(b"\x89PNG")
+    found = json.loads((config.out / "summary.json").read_text())["systems"]
+    assert list(found) == [cell.name for cell in cells(config)]
+    records = np.load(config.out / "clients.npz")
+    name = f"same {ATTACKS[0]} fedsecure"
+    assert records[f"{name}/defense_excluded"].shape == (2, 4)
+    assert records[f"{name}/local_own_loss"].shape == (2, 4)
+    history = result.histories[name]
+    assert history.byzantine.tolist() == [[False, True, False, False]] * 2
+    assert not result.histories[f"same {ATTACKS[0]} fedavg"].defense
+
+
+def test_only_a_target_has_a_success(finished):
+    found = by_cell(finished)
+    plain = found[Cell("same", ATTACKS[0], "fedavg")]
+    backdoor = found[Cell("same", ATTACKS[1], "fedavg")]
+    assert np.isnan(plain.attack_success).all()
+    assert np.isfinite(backdoor.attack_success).all()
+
+
+def test_what_is_saved_is_what_excluded_devices_would_have_sent(finished):
+    config, result = finished
+    federation = devices_of(config)
+    size = fedsecure_report._bytes(config, federation)
+    params = result.histories and fs.checkpoint.load_model(
+        config.out, cells(config)[0].name
+    )
+    assert size == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    table = fedsecure_report.run_table(config, by_cell(finished), "same", size)
+    for row in table.rows:
+        if not row[0].startswith(("Run 6", "FedSecure")):
+            assert row[-3:] == ("", "", "")
+            continue
+        attack = row[0].removeprefix("Run 6, FedSecure: ")
+        attack = specs.NO_ATTACK if attack.startswith("FedSecure") else attack
+        history = by_cell(finished)[Cell("same", attack, "fedsecure")]
+        gone = 0
+        for r, i in np.ndindex(2, 4):
+            if history.defense["excluded"][r, i]:
+                gone += 1
+                assert history.weights[r, i] == 0
+                assert history.defense["samples"][r, i] == 0
+        assert row[-1] == f"{size * gone / 1e6:.2f} MB ({100 * gone / 8:.0f} %)"
+
+
+def devices_of(config, part="same"):
+    return fedsecure_vitals.federate(config, fedsecure_vitals.load(config))[part]
+
+
+def test_the_report_screens_as_the_run_did(finished):
+    config, _ = finished
+    devices, samples = devices_of(config), fs.data.windows(config.window)
+    with open(os.devnull, "w") as file:
+        kept = fedsecure_detector.load_or_train(
+            config, "same", devices, samples, Console(file=file)
+        )
+    screened = fedsecure_report.screen_all(config, devices, kept, samples)
+    for attack, found in screened.items():
+        history = by_cell(finished)[Cell("same", attack, "fedsecure")]
+        shares = history.defense["flagged_share"][0]
+        poisoned = history.byzantine[0]
+        np.testing.assert_allclose(found.flagged[poisoned], shares[poisoned], atol=1e-6)
+        clean = screened[specs.NO_ATTACK].flagged
+        np.testing.assert_allclose(clean[~poisoned], shares[~poisoned], atol=1e-6)
+    assert screened[ATTACKS[0]].flagged.min() > 0.5
+
+
+def test_a_run_resumes_with_the_detector_it_trained(finished, tmp_path):
+    config, result = finished
+    longer = dataclasses.replace(config, rounds=3, resume=True)
+    before = (config.out / "detector-same.npz").stat().st_mtime_ns
+    extended = play(longer)
+    assert (config.out / "detector-same.npz").stat().st_mtime_ns == before
+    name = f"same {ATTACKS[0]} fedsecure"
+    assert extended.histories[name].round.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(
+        extended.histories[name].loss[:2], result.histories[name].loss
+    )
+
+
+def test_a_damaged_detector_is_trained_again(finished, tmp_path):
+    config, _ = finished
+    config = dataclasses.replace(config, out=tmp_path)
+    devices, samples = devices_of(config), fs.data.windows(config.window)
+    console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    (tmp_path / "detector-same.npz").write_bytes(b"no archive")
+    first = fedsecure_detector.load_or_train(config, "same", devices, samples, console)
+    again = fedsecure_detector.load_or_train(config, "same", devices, samples, console)
+    console.file.close()
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    blank = fedsecure_detector.untrained(config, devices)
+    for a, b in zip(jax.tree.leaves(first.detector), jax.tree.leaves(blank.detector)):
+        assert a.shape == b.shape
+
+
+def test_roc_and_confusion_are_those_of_loops():
+    rng = np.random.default_rng(0)
+    labels = rng.random(60) < 0.3
+    scores = np.round(rng.random(60) * 0.7 + 0.3 * labels, 1)  # with ties
+    fpr, tpr = fedsecure_plots.roc(scores, labels)
+    limits = [np.inf, *sorted(set(scores))[::-1]]
+    for x, y, limit in zip(fpr, tpr, limits, strict=True):
+        said = [score >= limit for score in scores]
+        assert y == sum(s and t for s, t in zip(said, labels)) / labels.sum()
+        assert x == sum(s and not t for s, t in zip(said, labels)) / (~labels).sum()
+    wins = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
+    assert fedsecure_plots.auc(scores, labels) == pytest.approx(np.mean(wins))
+    counts = fedsecure_plots.confusion(scores, labels)
+    said = [(bool(t), bool(s > 0.5)) for s, t in zip(scores, labels)]
+    for truth in (False, True):
+        for verdict in (False, True):
+            assert counts[int(truth), int(verdict)] == said.count((truth, verdict))
+    assert np.isnan(fedsecure_plots.auc(scores, np.ones(60, bool)))
+
+
+def test_every_system_of_a_preset_has_a_name_of_its_own():
+    for preset in PRESETS.values():
+        fedsecure_vitals.check(preset)
+        found = [cell.name for cell in cells(preset)]
+        assert len(set(found)) == len(found)
+    paper = cells(Config())
+    assert Cell("later", "gradual_pattern", "fedsecure+dual_system") in paper
+    assert Cell("later", "gradual_pattern", "fltrust") not in paper
+    alone = dataclasses.replace(Config(), history=0.0)
+    assert {cell.part for cell in cells(alone)} == {"same"}
+
+
+def test_the_names_of_the_paper_s_runs():
+    name = fedsecure_report.run_name
+    assert name("none", "fedavg") == "Run 1, no poisoning"
+    assert name("pattern_scaling(scale=2)", "fedavg").startswith("Run 3")
+    assert name("repeated_pattern(target=0)", "fedavg") == "repeated_pattern(target=0)"
+    assert name("gradual_pattern", "fedsecure") == "Run 6, FedSecure: gradual_pattern"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attacks", "none"], "always there"),
+        (["--attacks", "variabilty"], "Did you mean 'variability'"),
+        (["--attacks", "variability(strength=2)"], "Its options"),
+        (["--attacks", "repeated_pattern(target=3)"], "a class from 0 to 2"),
+        (["--attacks", "label_flip"], "attack on series"),
+        (["--defenses", "fedsecur"], "Did you mean 'fedsecure'"),
+        (["--defenses", "fedsecure(max_flagged=1)"], "max_flagged"),
+        (["--poisoned", "9"], "from 1 to 4"),
+        (["--poisoned", "1", "1"], "twice"),
+        (["--poisoned", "1", "2", "3", "4"], "somebody must be honest"),
+        (["--poisoned", "--attackers", "0.01"], "at least one poisoned"),
+        (["--poisoned", "--attackers", "1.5"], "--attackers"),
+        (["--train", "1"], "--train"),
+        (["--history", "1"], "--history"),
+        (["--lr", "0"], "--lr"),
+        (["--max-flagged", "1"], "--max-flagged"),
+        (["--window", "0"], "--window"),
+        (["--window", "500"], "no window of 500 samples"),
+        (["--devices", "3"], "--devices: num_devices must be from the number"),
+        (["--source", "generated+bidmc"], "takes one source"),
+        (["--source", "generate"], "Did you mean 'generated'"),
+        (["--source", "generated(people=3)"], "people"),
+        (["--source", "csv"], "path"),
+        (["--channels", "pulse_rate"], "pulse"),
+        (["--root-size", "-1"], "must not be negative"),
+        (["--root-size", "100000"], "root_size=100000"),
+        (["--history", "0.5", "--later-defenses", "krum"], "--later-defenses"),
+        (["--batch-size", "300"], "batch_size=300"),
+        (["--seed", "-1"], "--seed"),
+    ],
+)
+def test_bad_options_are_refused_before_any_training(options, message, tmp_path):
+    config = parse([*TINY, *options, "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=message):
+        play(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_table_is_refused_before_any_training(tmp_path):
+    path = tmp_path / "vitals.csv"
+    path.write_text("patient,time,heart_rate\na,0,71\na,60,fast\n")
+    source = f"csv(path={str(path)!r})"
+    config = parse(
+        [
+            *TINY,
+            "--source",
+            source,
+            "--channels",
+            "heart_rate",
+            "--out",
+            str(tmp_path / "o"),
+        ]
+    )
+    with pytest.raises(ValueError, match="fast"):
+        play(config)
+
+
+def test_other_studies_say_where_fedsecure_is():
+    with pytest.raises(ValueError, match=r"python -m experiments\.fedsecure_vitals"):
+        specs.make_defense("fedsecure+median", 1, {"num_clusters": 3})
+
+
+def test_the_devices_of_the_real_records(data_dir):
+    config = dataclasses.replace(Config(), data_dir=data_dir)
+    devices = fedsecure_vitals.federate(config, fedsecure_vitals.load(config))
+    names = [device.name for device in devices["same"].devices]
+    assert names == [
+        *(f"s00001-2896-10-10-00-31n {i}/3" for i in (1, 2, 3)),
+        *(f"p000020-2183-04-28-17-47n {i}/2" for i in (1, 2)),
+    ]
+    assert {d.patient for d in devices["same"].devices} == {"s00001", "p000020"}
+    assert [d.windows for d in devices["same"].devices] == [390, 391, 312, 400, 401]
+    assert devices["later"].history.num_clients == 5
+
+
+def test_the_many_patients(data_dir):
+    config = dataclasses.replace(PRESETS["many"], data_dir=data_dir)
+    found = fedsecure_vitals.federate(config, fedsecure_vitals.load(config))
+    for part, devices in found.items():
+        assert len(devices.devices) + len(devices.left_out) == 351, part
+        assert len(devices.devices) > 300
+
+
+def test_help_explains_every_option():
+    command = [sys.executable, "-m", "experiments.fedsecure_vitals", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for field in dataclasses.fields(Config):
+        flag = field.name.replace("_", "-")
+        assert f"--{flag}" in text or f"--no-{flag}" in text
