@@ -110,7 +110,7 @@ class Config:
     #: Local batch size.
     batch_size: int = 32
     #: Local learning rate (Adam).
-    lr: float = 0.001
+    lr: float = 0.003
     #: At most this many devices side by side; default: by backend and model size.
     client_chunk: int | None = None
     #: Cores of the CPU, each of which trains its own devices. Default:
@@ -136,7 +136,7 @@ class Config:
         "pattern_scaling(scale=2)",
         "gradual_pattern",
         "repeated_pattern",
-        "repeated_pattern(target=0)",
+        "repeated_pattern(target=0, period=30)",
     )
     #: Defenses besides none (fedavg): fedsecure, any aggregator of the README's table,
     #: or both, as fedsecure+dual_system.
@@ -174,9 +174,10 @@ PRESETS: dict[str, Config] = {
     ),
     "demo": Config(
         preset="demo",
-        source="generated(patients=5, minutes=720)",
+        source="generated(patients=5, minutes=600)",
         out=Path("runs/fedsecure_demo"),
         rounds=20,
+        eval_every=2,
         window=20,
         root_size=50,
         detector_hidden=16,

@@ -33,10 +33,12 @@ class Detector(NamedTuple):
         autoencoder: parameters of ``models.Autoencoder``.
         layers: of the classifier, ``(W [in, out], b [out])`` each; ReLU between them, a
             sigmoid after the last.
+        highest: ``float32 []``, the largest input that the classifier was trained on.
     """
 
     autoencoder: PyTree
     layers: tuple[tuple[Array, Array], ...]
+    highest: Array
 
 
 class Scale(NamedTuple):
@@ -183,9 +185,11 @@ def error_scale(errors: Array, mask: Array | None = None) -> Scale:
 def anomaly_scores(detector: Detector, errors: Array, scale: Scale) -> Array:
     """The classifier's scores ``float32 [s]`` of a device's errors ``[s]``.
 
-    It sees ``(log E - center) / spread``. An error that is not finite scores 1.
+    It sees ``(log E - center) / spread``, at most what it was trained on: beyond, a
+    network may answer anything. An error that is not finite scores 1.
     """
-    scores = classify(detector.layers, _as_input(errors, scale))
+    x = jnp.minimum(_as_input(errors, scale), detector.highest)
+    scores = classify(detector.layers, x)
     return jnp.where(jnp.isfinite(errors), scores, 1.0)
 
 
@@ -246,15 +250,16 @@ def adaptive_threshold(
 def error_limits(errors: Array, device: Array, num_devices: int) -> Array:
     """Per device, the error above which a window counts as anomalous, ``[D]``.
 
-    ``(mu + 3 sigma) / 2 + P95 / 2`` of the device's errors: ``adaptive_threshold``
-    without bounds.
+    Its logarithm is ``(mu + 3 sigma) / 2 + P95 / 2`` of those of the device's errors:
+    ``adaptive_threshold`` without bounds.
     """
+    logs = _log(errors)
 
     def one(number: Array) -> Array:
         own = device == number
-        return adaptive_threshold(errors, own, low=-jnp.inf, high=jnp.inf)
+        return adaptive_threshold(logs, own, low=-jnp.inf, high=jnp.inf)
 
-    return jax.vmap(one)(jnp.arange(num_devices))
+    return jnp.exp(jax.vmap(one)(jnp.arange(num_devices)))
 
 
 def train_detector(
@@ -273,8 +278,8 @@ def train_detector(
 
     1. A fifth of the windows, drawn at random, is held out. A BiLSTM ``Autoencoder`` is
        trained on the others by Adam to the smallest mean squared error.
-    2. The errors ``E`` of all windows. Per device, those above ``(mu + 3 sigma) / 2 +
-       P95 / 2`` of its errors are the positives.
+    2. The errors ``E`` of all windows. Per device, those whose logarithm is above
+       ``(mu + 3 sigma) / 2 + P95 / 2`` of its errors' logarithms are the positives.
     3. A classifier of dense layers learns to tell them from ``(log E - center) /
        spread``, per device, by binary cross-entropy (Adam, full batches): in five
        folds, and then on all.
@@ -303,7 +308,8 @@ def train_detector(
 
     Raises:
         TypeError, ValueError: an option out of range, windows that are not finite
-            ``[s, L, F]``, or a training that diverged.
+            ``[s, L, F]`` or too few, a training that diverged, or no window that stands
+            out.
 
     Example:
         >>> windows = np.random.default_rng(0).normal(size=(50, 6, 1))
@@ -323,8 +329,12 @@ def train_detector(
     Differs from the paper: it gives no layer sizes, rates or batch, and defines the
     error both as a norm and as a mean over features; here it is the mean over the
     window. Positives are by its "integrated" limit of mean, standard deviation and
-    percentile, whose formula it does not give. It says that the classifier adapts to
-    each device and not how; here it sees the error relative to the device's own.
+    percentile, whose formula it does not give; here of logarithms. Errors have long
+    tails, so that a limit on the errors themselves lies far out for some devices and
+    not for others: what is anomalous for one is then normal for another at the same
+    distance from the usual, and the classifier let gross poisoning pass. It says that
+    the classifier adapts to each device and not how; here it sees the error relative
+    to the device's own.
     """
     hidden = check_count("hidden", hidden, 1)
     epochs = check_count("epochs", epochs, 1)
@@ -334,10 +344,11 @@ def train_detector(
     classifier_epochs = check_count("classifier_epochs", classifier_epochs, 1)
     x = jnp.asarray(windows, jnp.float32)
     device = np.asarray(device)
-    if x.ndim != 3 or device.shape != x.shape[:1]:
+    whole = np.issubdtype(device.dtype, np.integer) and (device >= 0).all()
+    if x.ndim != 3 or device.shape != x.shape[:1] or not whole:
         raise ValueError(
-            "train_detector needs windows [s, L, F] and a device [s] for each; got "
-            f"shapes {x.shape} and {device.shape}."
+            "train_detector needs windows [s, L, F] and a device [s] for each, "
+            f"numbered from 0; got shapes {x.shape} and {device.shape} {device.dtype}."
         )
     if not np.isfinite(np.asarray(x)).all():
         raise ValueError(
@@ -357,7 +368,7 @@ def train_detector(
     params, curves = _fit_autoencoder(
         net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate
     )
-    errors = jax.jit(window_errors)(Detector(params, ()), x)
+    errors = jax.jit(window_errors)(Detector(params, (), jnp.zeros(())), x)
     if not np.isfinite(errors).all():
         raise ValueError(
             "the reference model diverged: its errors are not finite. Lower "
@@ -366,6 +377,12 @@ def train_detector(
     num_devices = int(device.max()) + 1
     limits = error_limits(errors, jnp.asarray(device), num_devices)
     labels = errors > limits[device]
+    if not labels.any():
+        raise ValueError(
+            f"none of the {len(x)} windows stands out from the others of its device, "
+            "so that the classifier has nothing to learn and would flag nobody. Give "
+            "more of the series."
+        )
     own = jax.vmap(lambda d: error_scale(errors, jnp.asarray(device) == d))
     scales = own(jnp.arange(num_devices))
     inputs = _as_input(errors, jax.tree.map(lambda x: x[device], scales))
@@ -373,26 +390,27 @@ def train_detector(
     fold = np.arange(len(x)) % FOLDS
     fold = np.asarray(jax.random.permutation(fold_key, jnp.asarray(fold)))
     settings = (tuple(widths), classifier_epochs, learning_rate)
-    used = jnp.asarray(fold[None] != np.arange(FOLDS)[:, None])
-    keys = jax.random.split(final_key, FOLDS + 1)
-    each = jax.vmap(
-        lambda key, weight: _fit_classifier(key, inputs, labels, weight, *settings)
-    )
-    trained = jax.jit(each)(keys[:FOLDS], used)
-    folds, scores = jax.jit(jax.vmap(_judge, in_axes=(0, None, None, 0)))(
-        trained, inputs, labels, used
-    )
-    everything = jnp.ones(len(x), bool)
-    final = jax.jit(_fit_classifier, static_argnums=(4, 5, 6))(
-        keys[FOLDS], inputs, labels, everything, *settings
-    )
+    # The last one is trained on all.
+    used = jnp.asarray(fold[None] != np.arange(FOLDS + 1)[:, None])
+
+    @jax.jit
+    def classifiers(keys: Array) -> Any:
+        def one(key: Array, weight: Array) -> Any:
+            layers = _fit_classifier(key, inputs, labels, weight, *settings)
+            return layers, _judge(layers, inputs, labels, weight)
+
+        return jax.vmap(one)(keys, used)
+
+    trained, judged = classifiers(jax.random.split(final_key, FOLDS + 1))
+    final = jax.tree.map(lambda x: x[FOLDS], trained)
+    folds, scores = jax.tree.map(lambda x: x[:FOLDS], judged)
     # Scores that are NaN would be above no threshold: nobody would ever be flagged.
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final)):
         raise ValueError(
             "the classifier diverged: its parameters are not finite. Lower "
             f"learning_rate ({learning_rate:g})."
         )
-    detector = Detector(params, final)
+    detector = Detector(params, final, inputs.max())
     shown = val[:1]
     training = Training(
         **{name: np.asarray(curve) for name, curve in curves.items()},
@@ -461,7 +479,7 @@ def _fit_autoencoder(
         (params, _), curves = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
         return params, curves
 
-    return run(net.init(net_key, train[:1])["params"])
+    return run(jax.jit(net.init)(net_key, train[:1])["params"])
 
 
 def _fit_classifier(

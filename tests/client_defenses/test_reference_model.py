@@ -127,7 +127,7 @@ def test_error_limits_are_each_device_s_own():
     rng = np.random.default_rng(0)
     errors, device = rng.exponential(size=50).astype(np.float32), rng.integers(0, 3, 50)
     errors[device == 2] *= 10
-    expected = [reference.threshold(errors[device == d], **FREE) for d in range(3)]
+    expected = [reference.limit(errors[device == d]) for d in range(3)]
     found = error_limits(jnp.asarray(errors), jnp.asarray(device), 3)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found[2] > 5 * found[0]
@@ -161,11 +161,12 @@ SETTINGS = {
 
 
 def make_windows():
-    """Sines with noise of two devices, the second of which is larger."""
+    """Sines with noise of two devices, the second of which is larger; four are odd."""
     rng = np.random.default_rng(0)
     t = np.arange(S)[:, None] * 0.9 + np.arange(L)[None] * 0.7
     x = np.stack([np.sin(t), np.cos(t)], axis=2) + 0.3 * rng.normal(size=(S, L, F))
     device = rng.permutation(S) % 2
+    x[[5, 17, 29, 44]] *= 6
     return (x * (1 + device)[:, None, None]).astype(np.float32), device
 
 
@@ -181,12 +182,12 @@ def test_what_is_reported_is_so():
     errors = np.array([reference.error(*pair) for pair in zip(x, rebuilt)])
     np.testing.assert_allclose(training.errors, errors, rtol=1e-4)
     np.testing.assert_array_equal(training.device, device)
-    limits = [
-        reference.threshold(training.errors[device == d].astype(float), **FREE)
-        for d in (0, 1)
-    ]
+    limits = [reference.limit(training.errors[device == d]) for d in (0, 1)]
     np.testing.assert_allclose(training.limits, limits, rtol=1e-5)
     np.testing.assert_array_equal(training.labels, errors > np.array(limits)[device])
+    own = [reference.scale(training.errors[device == d]) for d in (0, 1)]
+    seen = [(np.log(e) - own[d][0]) / own[d][1] for e, d in zip(errors, device)]
+    np.testing.assert_allclose(detector.highest, max(seen), rtol=1e-3)
     assert 0 < training.labels.sum() < S // 4
     # The last epoch's losses and accuracies are means over parts of all windows.
     held = round(HELD_OUT * S)
@@ -214,10 +215,10 @@ def test_scores_are_of_the_fold_that_was_not_trained_on_them():
     folds, scores, labels = training.folds, training.scores, training.labels
     assert all(part.shape == (FOLDS,) for part in folds)
     assert scores.shape == (S,)
-    assert np.all((scores > 0) & (scores < 1))
+    assert np.all((scores >= 0) & (scores <= 1))
     right = (scores > 0.5) == labels
     np.testing.assert_allclose(folds.val_accuracy.mean(), right.mean(), rtol=1e-5)
-    losses = -np.log(np.where(labels, scores, 1 - scores).astype(float))
+    losses = -np.log(np.where(labels, scores, 1 - scores.astype(float)))
     np.testing.assert_allclose(folds.val_loss.mean(), losses.mean(), rtol=1e-4)
     assert len(set(folds.train_loss.tolist())) == FOLDS
 
@@ -227,8 +228,10 @@ def test_the_classifier_tells_large_errors_from_small_ones():
     scale = error_scale(jnp.asarray(training.errors))
     given = [0.01, float(np.median(training.errors)), 100.0]
     scores = anomaly_scores(detector, jnp.array(given), scale)
-    expected = reference.scores(detector.layers, given, *map(float, scale))
+    expected = reference.scores(detector, given, *map(float, scale))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+    # Beyond what it was trained on the answer is that at its end.
+    assert anomaly_scores(detector, jnp.array([1e9]), scale)[0] == scores[2]
     assert scores[2] > 0.5 > 0.1 > max(scores[0], scores[1])
     unknown = jnp.array([np.nan, np.inf])
     assert anomaly_scores(detector, unknown, scale).tolist() == [1.0, 1.0]
@@ -269,7 +272,9 @@ def test_windows_in_batches(monkeypatch):
         ({"windows": np.full((S, L, F), np.nan)}, "finite windows; got a NaN"),
         ({"windows": np.full((S, L, F), np.inf)}, "finite windows; got a NaN or inf"),
         ({"batch_size": 49}, "more windows: 60 leave 48 to train on, with batch_size="),
-        ({"learning_rate": 1e18}, r"the classifier diverged.*learning_rate \(1e\+18"),
+        ({"learning_rate": 1e18}, "none of the 60 windows stands out"),
+        ({"device": np.full(S, -1)}, "numbered from 0"),
+        ({"device": np.zeros(S)}, "numbered from 0; got .* float64"),
         ({"learning_rate": 1e30}, r"reference model diverged.*learning_rate \(1e\+30"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -298,5 +303,16 @@ def test_an_unusual_error_scale_does_not_break_scores():
     detector = trained()[0]
     alike = Scale(jnp.float32(0.0), jnp.float32(1e-6))
     scores = anomaly_scores(detector, jnp.array([1.0, 2.0, 1e-30]), alike)
-    assert np.isfinite(scores).all()
-    assert scores[1] > 0.9
+    assert np.all((scores >= 0) & (scores <= 1))
+    assert scores[1] > scores[0] + 0.5
+
+
+def test_a_classifier_that_diverged_is_refused(monkeypatch):
+    def diverged(key, x, labels, weight, widths, epochs, learning_rate):
+        return ((jnp.full((1, 1), jnp.nan), jnp.zeros(1)),)
+
+    monkeypatch.setattr(reference_model, "_fit_classifier", diverged)
+    x, device = make_windows()
+    x[7] *= 20.0
+    with pytest.raises(ValueError, match="the classifier diverged"):
+        train_detector(jax.random.key(0), x, device, **SETTINGS)

@@ -1,6 +1,7 @@
 """From records to devices: every window against a loop over the record's steps."""
 
 import datetime
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def test_series_too_short_for_a_window():
     assert windows(4)(series).mask.tolist() == [True, False, False, False, False]
     with pytest.raises(ValueError, match="of 5 steps need a series of at least 6; got"):
         windows(5)(series)
-    with pytest.raises(ValueError, match="windows' length must be .* at least 1; got"):
+    with pytest.raises(ValueError, match=r"windows' length must be .* at least 1; got"):
         windows(0)
     with pytest.raises(TypeError, match="windows' length must be an integer"):
         windows(2.0)
@@ -97,7 +98,7 @@ def test_states():
 def numbered(*sizes, **options):
     bounds = np.cumsum([0, *sizes])
     return make_vitals(
-        *(np.arange(a, b)[:, None] for a, b in zip(bounds, bounds[1:])), **options
+        *(np.arange(a, b)[:, None] for a, b in itertools.pairwise(bounds)), **options
     )
 
 
@@ -116,7 +117,9 @@ def test_cut():
     found = np.concatenate([p.values for p in pieces])
     np.testing.assert_array_equal(found[:, 0], np.arange(21))
     assert cut(vitals, 6)._replace(records=()) == vitals._replace(records=())
-    assert cut(vitals, 3).records == vitals.records
+    for whole, record in zip(cut(vitals, 3).records, vitals.records, strict=True):
+        assert whole[:3] == record[:3]
+        np.testing.assert_array_equal(whole.values, record.values)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +459,7 @@ def test_records_that_cannot_be_used(values, error):
     alone = federate_series(make_vitals(*SERIES), **options)
     jax.tree.map(np.testing.assert_array_equal, found.clients, alone.clients)
     with pytest.raises(
-        ValueError, match=r"none of the 1 records of hand .*used: " + error
+        ValueError, match=r"none of the 1 records of hand .*used: .*" + error
     ):
         federate_series(make_vitals(values), **options, skip_unusable=True)
 

@@ -90,8 +90,11 @@ def classify(layers, x):
     return sigmoid(h[:, 0])
 
 
-def scores(layers, errors, center, spread):
-    return classify(layers, [[(math.log(e) - center) / spread] for e in errors])
+def scores(detector, errors, center, spread):
+    """Nothing is further from the usual than what the classifier has seen."""
+    inputs = [(math.log(e) - center) / spread for e in errors]
+    highest = float(detector.highest)
+    return classify(detector.layers, [[min(x, highest)] for x in inputs])
 
 
 def threshold(scores, k=3.0, percentile=95.0, mix=0.5, low=0.5, high=0.99):
@@ -100,3 +103,9 @@ def threshold(scores, k=3.0, percentile=95.0, mix=0.5, low=0.5, high=0.99):
     first = np.mean(scores) + k * np.std(scores)
     found = mix * first + (1 - mix) * np.percentile(scores, percentile)
     return min(max(found, low), high)
+
+
+def limit(errors):
+    """Of a device's errors, the one above which a window is a positive."""
+    logs = [math.log(e) for e in errors]
+    return math.exp(threshold(logs, low=-math.inf, high=math.inf))
