@@ -48,7 +48,7 @@ GIVEN: dict[str, Any] = {
     "bound": 1.0,
     "radius": 1.0,
     "num_channels": 2,
-    "detector": fs.client_defenses.Detector({}, (), jnp.zeros(())),
+    "detector": fs.client_defenses.Detector({}, (), ()),
     "calibration": fs.client_defenses.Calibration(
         fs.client_defenses.Scale(jnp.zeros(N), jnp.ones(N)), jnp.zeros(N)
     ),

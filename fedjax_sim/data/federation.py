@@ -160,8 +160,8 @@ def hold_out(
 
     Raises:
         TypeError: ``clients`` is something else, or ``share`` no number.
-        ValueError: ``share`` is outside (0, 1), or a client is too small to have a
-            sample on either side.
+        ValueError: ``share`` is outside (0, 1), a client is too small to have a sample
+            on either side, or clients store a series, which is divided in time.
 
     Example:
         >>> pool = Examples(np.zeros((9, 2)), np.zeros(9, int))
@@ -174,6 +174,12 @@ def hold_out(
     share = check_number("share", share, 0, 1)
     seed = check_count("seed", seed, 0)
     mask = np.asarray(clients.mask)
+    # Where a row is no sample it is padding, which holds 0, or a step of a series.
+    if np.asarray(clients.indices)[~mask].any():
+        raise ValueError(
+            "hold_out draws samples at random; these clients store a series, of which "
+            "that would leave holes. Divide it in time: federate_series(train=)."
+        )
     sizes = mask.sum(axis=1)
     num_held = np.rint(share * sizes).astype(int)
     failing = np.flatnonzero((num_held == 0) | (num_held == sizes))

@@ -311,7 +311,7 @@ def test_a_classifier_that_diverged_is_refused(monkeypatch):
     def diverged(key, x, labels, weight, widths, epochs, learning_rate):
         return ((jnp.full((1, 1), jnp.nan), jnp.zeros(1)),)
 
-    monkeypatch.setattr(reference_model, "_fit_classifier", diverged)
+    monkeypatch.setattr(module, "_fit_classifier", diverged)
     x, device = make_windows()
     x[7] *= 20.0
     with pytest.raises(ValueError, match="the classifier diverged"):

@@ -554,3 +554,10 @@ def test_a_run_on_series_is_one_on_their_windows():
     np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-4)
     np.testing.assert_allclose(history.weights, 1 / 3, rtol=1e-6)
     assert history.train_loss[-1] < history.train_loss[0]
+
+
+def test_a_series_is_not_held_out_at_random():
+    vitals = fs.data.load_vitals("generated", patients=2, minutes=60, missing=0.0)
+    devices = fs.data.federate_series(vitals, length=6)
+    with pytest.raises(ValueError, match=r"Divide it in time: federate_series\(train"):
+        fs.data.hold_out(devices.clients)
