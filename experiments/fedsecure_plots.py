@@ -49,12 +49,14 @@ def training_plot(training: Training, channels: Sequence[str]) -> Any:
         losses.set_yscale("log")
         window, rebuilt = training.example
         for c, name in enumerate(channels):
-            colour, word = COLOURS[c], name.replace("_", " ")
-            example.plot(window[:, c], color=colour, label=word)
-            example.plot(rebuilt[:, c], color=colour, linestyle=":", label="rebuilt")
+            example.plot(window[:, c], color=COLOURS[c], label=name.replace("_", " "))
+            label = "rebuilt" if c == 0 else None
+            example.plot(rebuilt[:, c], color="black", linestyle=":", label=label)
+        low, high = example.get_ylim()
+        example.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
         example.set_xlabel("step of a window held out")
         example.set_ylabel("standard deviations")
-        example.legend(ncols=len(channels))
+        example.legend(ncols=len(channels) + 1, loc="upper center", handlelength=1.5)
         for axes, letter in zip(panels.flat, "abcd", strict=True):
             axes.set_title(f"({letter})", loc="left")
         return figure
@@ -201,6 +203,9 @@ def strength_plot(
             _strength_panel(axes, strengths, shares, limit)
             axes.set_xlabel(name)
         panels[0, 0].set_ylabel("windows flagged")
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.set_figheight(figure.get_figheight() + 0.16)
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
         return figure
 
 
@@ -216,11 +221,18 @@ def _strength_panel(
                 color=COLOURS[device % len(COLOURS)],
                 marker=MARKERS[device % len(MARKERS)],
                 linewidth=0.8,
+                label=f"device {device + 1}",
             )
     else:
         lows, middle, highs = np.quantile(shares, [0.1, 0.5, 0.9], axis=1)
-        axes.fill_between(places, lows, highs, color=COLOURS[0], alpha=0.2, linewidth=0)
-        axes.plot(places, middle, color=COLOURS[0], marker=MARKERS[0])
-    axes.axhline(limit, color="0.2", linewidth=0.8, linestyle=(0, (3, 2)))
+        style: dict[str, Any] = {"color": COLOURS[0], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(places, lows, highs, label="10 to 90 % of devices", **style)
+        axes.plot(places, middle, color=COLOURS[0], marker=MARKERS[0], label="median")
+    dashed: dict[str, Any] = {
+        "color": "0.2",
+        "linewidth": 0.8,
+        "linestyle": (0, (3, 2)),
+    }
+    axes.axhline(limit, label="out above", **dashed)
     axes.set_xticks(places, ["none", *(f"{s:g}" for s in strengths[1:])])
     axes.set_ylim(-0.02, 1.02)

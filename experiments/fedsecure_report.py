@@ -13,7 +13,7 @@ from experiments import fedsecure_plots, results, runner, specs
 from experiments.fedsecure_detector import Screened, Trained, screen_devices
 from experiments.results import evaluated, tail
 from fedjax_sim.client_defenses.reference_model import Fold
-from fedjax_sim.data.series import SeriesFederation, states
+from fedjax_sim.data.series import STATES, SeriesFederation, states
 from fedjax_sim.report import mean_and_spread, mean_defined
 from fedjax_sim.types import MakeSamples
 
@@ -48,7 +48,8 @@ STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 RUN_NOTE = (
     "Test accuracy and loss of the global model; *own* is the model that a device has "
-    "after its local training, on its own test stretch, poisoned where the device is. "
+    "after its local training (the server's, where it was excluded), on its own test "
+    "stretch, poisoned where the device is. "
     f"Mean of the last {results.TAIL} evaluations. *Excluded*: rounds that poisoned "
     "and honest devices were kept out of, in percent; *saved*: of the bytes that "
     "updates would have taken."
@@ -292,13 +293,18 @@ def run_name(attack: str, defense: str) -> str:
     """A system's name as a run of the paper."""
     if attack == specs.NO_ATTACK:
         return "Run 1, no poisoning" if defense == FEDAVG else "FedSecure, no poisoning"
-    call = specs.parse(attack)[0]
-    known = PAPER_RUNS.get(call.name, attack)
-    if "target" in call.options:
-        known = f"{attack}"
+    known = PAPER_RUNS.get(specs.parse(attack)[0].name, attack)
+    if _target(attack) is not None:  # not in the paper
+        known = attack
     if defense == FEDAVG:
         return known
     return f"Run 6, FedSecure: {attack}"
+
+
+def _target(attack: str) -> str | None:
+    """The state that a backdoor makes the model say."""
+    target = specs.parse(attack)[0].options.get("target")
+    return None if target is None else STATES[target]
 
 
 def excluded(history: fs.History, poisoned: bool) -> float:
@@ -516,7 +522,9 @@ def _score_plot(
     found = {}
     for name, own in screened.items():
         mask = own.mask[device]
-        run = run_name(name, FEDAVG).replace(", ", "\n")
+        run = run_name(name, FEDAVG)
+        target = None if name == specs.NO_ATTACK else _target(name)
+        run = run.replace(", ", "\n") if target is None else f"backdoor to\n{target}"
         found[run] = own.scores[device][mask], own.errors[device][mask]
     limit = float(np.asarray(trained.calibration.thresholds)[device])
     return fedsecure_plots.distribution_plot(found, limit)
