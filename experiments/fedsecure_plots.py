@@ -50,8 +50,9 @@ def training_plot(training: Training, channels: Sequence[str]) -> Any:
         window, rebuilt = training.example
         for c, name in enumerate(channels):
             example.plot(window[:, c], color=COLOURS[c], label=name.replace("_", " "))
-            label = "rebuilt" if c == 0 else None
-            example.plot(rebuilt[:, c], color="black", linestyle=":", label=label)
+            dotted: dict[str, Any] = {"color": "black", "linestyle": ":"}
+            once = {} if c else {"label": "rebuilt"}
+            example.plot(rebuilt[:, c], **dotted, **once)
         low, high = example.get_ylim()
         example.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
         example.set_xlabel("step of a window held out")
