@@ -23,9 +23,9 @@ from experiments.fedsecure_vitals import PRESETS, Cell, Config, cells, parse
 
 ATTACKS = ("pattern_scaling(scale=6)", "repeated_pattern(target=0)")
 TINY = (
-    *("--preset", "demo", "--source", "generated(patients=4, minutes=160)"),
+    *("--preset", "demo", "--source", "generated(patients=4, minutes=200)"),
     *("--devices", "4", "--window", "8", "--rounds", "2", "--eval-every", "1"),
-    *("--detector-hidden", "4", "--detector-epochs", "3", "--batch-size", "8"),
+    *("--detector-hidden", "4", "--detector-epochs", "12", "--batch-size", "8"),
     *("--hidden", "4", "--root-size", "0", "--history", "0"),
     *("--attacks", *ATTACKS, "--defenses", "fedsecure", "--later-defenses"),
 )

@@ -381,7 +381,7 @@ def train_detector(
         raise ValueError(
             f"none of the {len(x)} windows stands out from the others of its device, "
             "so that the classifier has nothing to learn and would flag nobody. Give "
-            "more of the series."
+            "more of the series, or train for more epochs."
         )
     own = jax.vmap(lambda d: error_scale(errors, jnp.asarray(device) == d))
     scales = own(jnp.arange(num_devices))
