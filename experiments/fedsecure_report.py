@@ -174,7 +174,7 @@ def screen_all(
 
 
 def _left_out(devices: SeriesFederation) -> str:
-    found = [f"{name}: {why}" for name, why in devices.left_out.items()]
+    found = list(devices.left_out.values())
     if not found:
         return "Every record could be used."
     shown = "; ".join(found[:5])
