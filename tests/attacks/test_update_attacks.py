@@ -187,6 +187,7 @@ def test_table_is_complete():
         *attacks.DATA_ATTACKS,
         "UPDATE_ATTACKS",
         "DATA_ATTACKS",
+        "SERIES_ATTACKS",
         "schedule",
     }
 
