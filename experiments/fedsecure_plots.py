@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+import fedjax_sim as fs
 from fedjax_sim.client_defenses.reference_model import Training
 from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
 
@@ -82,9 +84,8 @@ def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under ``roc``; NaN where all labels are alike."""
-    if labels.all() or not labels.any():
-        return float("nan")
-    return float(np.trapezoid(*roc(scores, labels)[::-1]))
+    outputs = jnp.stack([jnp.zeros(len(scores)), jnp.asarray(scores)], axis=1)
+    return float(fs.metrics.auc(outputs, jnp.asarray(labels, jnp.int32)))
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

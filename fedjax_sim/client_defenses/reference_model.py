@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_sim.client_defenses.sanitization import in_batches
 from fedjax_sim.models.recurrent import Autoencoder
 from fedjax_sim.registry import check_count, check_number
 from fedjax_sim.types import AnyArray, Array, PyTree
@@ -22,8 +23,6 @@ HELD_OUT = 0.2
 FOLDS = 5
 # Errors that are all alike have none.
 _LEAST_SPREAD = 1e-6
-# Windows of which the network's states are in memory at once.
-_BATCH = 500
 
 
 class Detector(NamedTuple):
@@ -156,14 +155,11 @@ def rebuild(detector: Detector, windows: Array) -> Array:
 
 def window_errors(detector: Detector, windows: Array) -> Array:
     """Reconstruction errors ``float32 [s]`` of windows ``[s, L, F]``, in batches."""
-    count = len(windows)
-    size = min(_BATCH, count)
-    places = jnp.minimum(jnp.arange(-(-count // size) * size), count - 1)
 
-    def batch(rows: Array) -> Array:
-        return reconstruction_errors(windows[rows], rebuild(detector, windows[rows]))
+    def errors(batch: Array) -> Array:
+        return reconstruction_errors(batch, rebuild(detector, batch))
 
-    return jax.lax.map(batch, places.reshape(-1, size)).reshape(-1)[:count]
+    return in_batches(errors, windows)[:, 0]
 
 
 def error_scale(errors: Array, mask: Array | None = None) -> Scale:
@@ -444,17 +440,13 @@ def _fit_autoencoder(
         return reconstruction_errors(windows, rebuilt).mean()
 
     def measure(params: PyTree, windows: Array) -> tuple[Array, Array]:
-        def batch(rows: Array) -> tuple[Array, Array]:
-            chosen = windows[jnp.minimum(rows, count - 1)]
+        def batch(chosen: Array) -> Array:
             rebuilt: Any = net.apply({"params": params}, chosen)
             same = jnp.argmax(rebuilt, axis=2) == jnp.argmax(chosen, axis=2)
-            return reconstruction_errors(chosen, rebuilt), same.mean(axis=1)
+            errors = reconstruction_errors(chosen, rebuilt)
+            return jnp.stack([errors, same.mean(axis=1)], axis=1)
 
-        count = len(windows)
-        size = min(_BATCH, count)
-        rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
-        found = jax.lax.map(batch, rows)
-        loss, same = (values.reshape(-1)[:count].mean() for values in found)
+        loss, same = in_batches(batch, windows).mean(axis=0)
         return loss, same
 
     def epoch(carry: PyTree, key: Array) -> tuple[PyTree, dict[str, Array]]:

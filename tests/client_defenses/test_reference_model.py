@@ -27,6 +27,8 @@ from tests.pages import EXAMPLES, check, inputs, options
 from tests.references import fedsecure as reference
 
 module = importlib.import_module("fedjax_sim.client_defenses.reference_model")
+# Where the batches are.
+sanitization_module = importlib.import_module("fedjax_sim.client_defenses.sanitization")
 S, L, F = 60, 5, 2
 
 
@@ -247,7 +249,7 @@ def test_it_follows_from_the_key():
 def test_windows_in_batches(monkeypatch):
     x, (detector, training) = make_windows()[0], trained()
     for size in (7, S, S + 1):
-        monkeypatch.setattr(module, "_BATCH", size)
+        monkeypatch.setattr(sanitization_module, "_BATCH", size)
         found = window_errors(detector, jnp.asarray(x))
         np.testing.assert_allclose(found, training.errors, rtol=1e-5)
     huge = jnp.asarray(x).at[3].set(np.nan)
