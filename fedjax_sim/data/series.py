@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_sim.data.federation import index_table
 from fedjax_sim.data.vitals import Record, Vitals
+from fedjax_sim.data.vitals_series import as_float32
 from fedjax_sim.registry import check_count, check_number, check_type
 from fedjax_sim.types import Array, ClientData, Clients, Examples, MakeSamples
 
@@ -56,7 +57,8 @@ class SeriesFederation(NamedTuple):
         root: clean windows of the server, from the histories; None with ``root_size=
             0``.
         devices: one for every client.
-        left_out: name of a record that could not be used, and why.
+        left_out: name of a record that could not be used, and why, with those that
+            were left out as they were loaded.
         channels: the measured columns of the inputs, which come first.
         features: all columns of the inputs.
         edges: of the states, in standard deviations.
@@ -94,7 +96,7 @@ def windows(length: int) -> MakeSamples:
 
     Raises:
         TypeError, ValueError: ``length`` is no integer of at least 1; while tracing, a
-            series that has not ``L + 1`` steps.
+            series that is not ``[T, F]`` with a label a step, or has not ``L + 1``.
 
     Example:
         >>> x = jnp.array([[1.0], [2.0], [4.0], [7.0]])
@@ -109,6 +111,11 @@ def windows(length: int) -> MakeSamples:
 
     def make_samples(series: ClientData) -> ClientData:
         total = series.inputs.shape[0]
+        if series.inputs.ndim != 2 or series.targets.shape != (total,):
+            raise ValueError(
+                "windows need a series [steps, features] and one label a step; got "
+                f"inputs {series.inputs.shape} and targets {series.targets.shape}."
+            )
         if total <= length:
             raise ValueError(
                 f"windows of {length} steps need a series of at least {length + 1}; "
@@ -162,6 +169,7 @@ def cut(vitals: Vitals, num_devices: int) -> Vitals:
         ``Vitals`` of that many records, called ``name 1/3`` and so on where cut.
 
     Raises:
+        TypeError: ``vitals`` is something else, or the number no integer.
         ValueError: fewer devices than records, or more than samples.
 
     Example:
@@ -170,13 +178,14 @@ def cut(vitals: Vitals, num_devices: int) -> Vitals:
         >>> [(r.name, len(r.values)) for r in cut(vitals, 2).records]
         [('a 1/2', 3), ('a 2/2', 4)]
     """
+    check_type("vitals", vitals, Vitals, "Load them: fs.data.load_vitals('generated').")
     count = check_count("num_devices", num_devices, 1)
     sizes = [len(record.values) for record in vitals.records]
     if not len(sizes) <= count <= sum(sizes):
         raise ValueError(
-            f"num_devices must be from the number of records, {len(sizes)}, to that "
-            f"of their samples, {sum(sizes)}; got {num_devices}. Choose records, or "
-            "change num_devices."
+            f"the number of devices must be from that of the records, {len(sizes)}, to "
+            f"that of their samples, {sum(sizes)}; got {num_devices}. Choose fewer "
+            "records, or another number."
         )
     pieces = [1] * len(sizes)
     while sum(pieces) < count:
@@ -268,7 +277,7 @@ def federate_series(
     """One client for every record: windows to train on, and later ones to test on.
 
     The first ``train`` of a record's time is for training, the rest for testing; no
-    window has steps of both. Every channel is standardised per patient, ``(x - mean) /
+    window has steps of both, and no gap is filled from the next stretch. Every channel is standardised per patient, ``(x - mean) /
     sd``, with mean and sd of the measured samples of what the server may know, which is
     the training stretch or the part of it that is ``history``; never of what is tested
     on. The label of a step is the ``states`` of the first channel; a sample's is that
@@ -299,10 +308,11 @@ def federate_series(
         still missing is 0 in the pools, and in no sample.
 
     Raises:
-        TypeError: ``vitals`` is something else, or a number no number.
+        TypeError: ``vitals`` is something else, or an option of another type.
         ValueError: an option out of range; a record without a window of its own in
-            each stretch, with a flat channel, or without a start while
-            ``calendar_features`` is set.
+            each stretch, with a flat channel or an infinite sample, without a column
+            for each channel, or without a start while ``calendar_features`` is set; two
+            records of one name.
 
     Example:
         >>> from fedjax_sim.data import load_vitals
@@ -323,7 +333,16 @@ def federate_series(
     edges = tuple(check_number("edges", edge) for edge in edges)
     if not edges or list(edges) != sorted(set(edges)):
         raise ValueError(f"edges must be one or more, increasing; got {edges}.")
+    check_type("calendar_features", calendar_features, bool)
+    check_type("skip_unusable", skip_unusable, bool)
     root_size = check_count("root_size", root_size, 0)
+    seed = check_count("seed", seed, 0)
+    names = [record.name for record in vitals.records]
+    again = sorted({name for name in names if names.count(name) > 1})
+    if again:
+        raise ValueError(
+            f"records must have names of their own; got {again[0]!r} more than once."
+        )
     if calendar_features:
         nowhen = [r.name for r in vitals.records if r.start is None]
         if nowhen:
@@ -333,7 +352,7 @@ def federate_series(
                 "Pass calendar_features=False."
             )
     pools, parts, devices = [], [], []
-    left_out: dict[str, str] = {}
+    left_out = dict(vitals.left_out)
     for record in vitals.records:
         try:
             pool, stretches, device = _device(
@@ -349,8 +368,8 @@ def federate_series(
         devices.append(device)
     if not devices:
         raise ValueError(
-            f"none of the {len(vitals.records)} records of {vitals.name} can be used: "
-            + "; ".join(list(left_out.values())[:3])
+            f"none of the {len(vitals.records)} records of {vitals.name} can be used. "
+            + " ".join(list(left_out.values())[:3])
         )
     inputs = np.concatenate(pools)
     labels = np.asarray(states(jnp.asarray(inputs), edges))
@@ -417,13 +436,19 @@ def _device(
     Raises:
         ValueError: the record cannot be used.
     """
-    values = np.asarray(record.values, np.float32)
+    values = as_float32(record.values, record.name)
+    if values.ndim != 2 or values.shape[1] != len(vitals.channels):
+        raise ValueError(
+            f"{record.name} must have a column for each of "
+            f"{', '.join(vitals.channels)}; got shape {values.shape}."
+        )
     steps = len(values)
     end = round(train * steps)
     middle = 0 if history is None else round(history * end)
     known_to_server = end if history is None else middle
-    # Apart, so that nothing of what is tested on fills a gap of what is trained on.
-    filled = np.concatenate([fill_gaps(x, max_gap) for x in np.split(values, [end])])
+    # Apart, so that no gap is filled by what its stretch is not to know.
+    borders = [end] if history is None else [middle, end]
+    filled = np.concatenate([fill_gaps(x, max_gap) for x in np.split(values, borders)])
     whole = ~np.isnan(filled).any(axis=1)
     stretches = tuple(
         _Stretch(first, last, _starts(whole[first:last], length))
@@ -465,7 +490,7 @@ def _device(
         windows=int(stretches[1].starts.sum()),
         test_windows=int(stretches[2].starts.sum()),
     )
-    return np.nan_to_num(pool, nan=0.0), stretches, device
+    return np.where(np.isnan(pool), np.float32(0), pool), stretches, device
 
 
 def _starts(whole: np.ndarray, length: int) -> np.ndarray:

@@ -67,7 +67,7 @@ def load_vitals(
             then the mean of what was measured in its bin, NaN if nothing was; the last
             bin may be shorter.
         skip_empty: leave out the records without any measured sample in one of
-            ``channels``, which are an error otherwise; ``Vitals.source`` names them.
+            ``channels``, which are an error otherwise; ``Vitals.left_out`` names them.
         options: of the source.
 
     Returns:
@@ -117,6 +117,11 @@ def _channels(channels: Sequence[str]) -> tuple[str, ...]:
             f"channels must be a list of names; got the text {channels!r}. Give "
             f"({channels!r},)."
         )
+    if not isinstance(channels, Sequence):
+        raise TypeError(
+            "channels must be a list of names, whose order is that of the columns; got "
+            f"a {type(channels).__name__}."
+        )
     for channel in channels:
         lookup("channel", channel, CHANNELS)
     wanted = tuple(channels)
@@ -149,7 +154,7 @@ def _checked(source: str, read: Callable[..., Vitals], options: dict[str, Any]) 
 
 def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
     """``vitals`` if every channel of every record has a measured sample."""
-    kept, left_out = [], []
+    kept, left_out = [], dict(vitals.left_out)
     for record in vitals.records:
         empty = np.isnan(record.values).all(axis=0)
         if not empty.any():
@@ -162,14 +167,11 @@ def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
                 f"some in {len(record.values)} samples; got none. Leave such records "
                 "out with skip_empty=True, or ask for other channels."
             )
-        left_out.append(record.name)
+        left_out[record.name] = f"{record.name} has no measured sample of {channel}."
     if not kept:
         raise ValueError(
             f"source {vitals.name!r} needs a record with measured samples of "
             f"{' and '.join(vitals.channels)}; got {len(left_out)} records, each "
             "without one of them. Ask for other channels or records."
         )
-    if not left_out:
-        return vitals
-    note = f"; left out as empty: {', '.join(left_out)}"
-    return vitals._replace(records=tuple(kept), source=vitals.source + note)
+    return vitals._replace(records=tuple(kept), left_out=left_out)

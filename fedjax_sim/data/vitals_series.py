@@ -2,8 +2,9 @@
 
 import datetime
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,7 @@ class Vitals(NamedTuple):
         interval: seconds between two samples.
         source: where it came from, with a checksum of the files.
         licence: under which the data may be used.
+        left_out: name of a record that is not among them, and why.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Vitals(NamedTuple):
     interval: float
     source: str
     licence: str
+    left_out: Mapping[str, str] = MappingProxyType({})
 
 
 def measured(values: np.ndarray, channels: tuple[str, ...]) -> np.ndarray:
@@ -105,7 +108,7 @@ def gridded(
         ``float32 [T, C]``.
 
     Raises:
-        ValueError: more than ``MAX_SAMPLES`` steps.
+        ValueError: more than ``MAX_SAMPLES`` steps, or a value that float32 cannot hold.
 
     Example:
         >>> times = np.array([130.0, 0.0, 59.0])
@@ -130,7 +133,32 @@ def gridded(
         sums = np.bincount(places[present], samples[present], len(means))
         counts = np.bincount(places[present], minlength=len(means))
         np.divide(sums, counts, out=column, where=counts > 0)
-    return means.astype(np.float32)
+    return as_float32(means, what)
+
+
+def as_float32(values: np.ndarray, what: str) -> np.ndarray:
+    """``values``, as many bits as the engine computes with.
+
+    Raises:
+        ValueError: an infinity, or a number that is one in float32.
+
+    Example:
+        >>> as_float32(np.array([[1e39]]), "p1")
+        Traceback (most recent call last):
+        ...
+        ValueError: p1 has a sample of 1e+39: expected finite float32 numbers, or NaN \
+where nothing was measured. Mend it, or leave the record out.
+    """
+    with np.errstate(over="ignore"):
+        result = np.asarray(values).astype(np.float32)
+    beyond = np.isinf(result)
+    if beyond.any():
+        raise ValueError(
+            f"{what} has a sample of {np.asarray(values)[beyond][0]:g}: expected finite "
+            "float32 numbers, or NaN where nothing was measured. Mend it, or leave the "
+            "record out."
+        )
+    return result
 
 
 def averaged(
@@ -149,7 +177,8 @@ def averaged(
         ``float32 [ceil(T own / interval), C]``.
 
     Raises:
-        ValueError: ``interval`` is no whole multiple of ``own``.
+        ValueError: ``interval`` is no whole multiple of ``own``, or a value that float32
+            cannot hold.
 
     Example:
         >>> values = np.array([[1.0], [3.0], [np.nan]])
@@ -165,7 +194,7 @@ def averaged(
             "of the source."
         )
     if factor == 1 or not len(values):
-        return values.astype(np.float32)
+        return as_float32(values, what)
     return gridded(np.arange(len(values)), values, factor, what)
 
 

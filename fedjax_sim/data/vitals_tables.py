@@ -156,11 +156,13 @@ def csv(
         interval: seconds of a step; None for 60.
         columns: the column of a channel that is not under the channel's own name, as in
             ``heart_rate="HR"``. Empty cells, and NaN, NULL and the like, are not
-            measured.
+            measured, and so are the last ones of a row that ends before them.
 
     Raises:
         ValueError: the file is damaged or empty, lacks a column, has another cell than
-            a number or a time where one is needed, or is far too long for the interval.
+            a number or a time where one is needed, dates without dashes, times some of
+            which say their zone, or is far too long for the interval; one column is
+            named for two things.
         FileNotFoundError: there is no file.
     """
     del data_dir
@@ -178,9 +180,17 @@ def csv(
     if not file.is_file():
         raise not_found("csv", [file.absolute()], "path=... with the table's place")
     wanted = [columns.get(channel, channel) for channel in channels]
+    used = [patient, time, *wanted]
+    twice = [name for name in used if used.count(name) > 1]
+    if twice:
+        raise ValueError(
+            "patient, time and every channel need columns of their own; got "
+            f"{twice[0]!r} for more than one. Say which are meant: patient='...', "
+            "time='...', heart_rate='...'."
+        )
     table = _table(
         file,
-        [patient, time, *wanted],
+        used,
         "Say which columns are meant: patient='...', time='...', heart_rate='...'.",
     )
     patients = _text(file, table, patient)
@@ -303,9 +313,18 @@ def _times(
     cells = table[column]
     numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
     if np.isfinite(numbers).all():
+        dates = pd.to_datetime(cells, format="%Y%m%d", errors="coerce")
+        if dates.notna().all():
+            raise _damaged(
+                path,
+                f"seconds in {column!r}, or dates as in 2183-04-28 17:47:00",
+                f"{_cell(cells, 0)}, which may be either",
+                "Write dates with dashes, or count the seconds from another day.",
+            )
         return numbers, None
     stamps = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
-    bad = stamps.isna().to_numpy()
+    # A number alone is no date, although the year 2183 would be one.
+    bad = stamps.isna().to_numpy() | np.isfinite(numbers)
     if 2 * np.isfinite(numbers).sum() >= len(cells):  # seconds are meant
         bad = ~np.isfinite(numbers)
     if bad.any():
@@ -314,6 +333,14 @@ def _times(
             path,
             f"seconds in all of {column!r}, or dates as in 2183-04-28 17:47:00",
             _cell(cells, row),
+        )
+    zoned = cells.str.contains(r":\d\d(?:\.\d+)?\s*(?:Z|[+-]\d\d(?::?\d\d)?)\s*$")
+    if zoned.any() and not zoned.all():
+        row = int((~zoned).to_numpy().argmax())
+        raise _damaged(
+            path,
+            f"the zone of all times in {column!r}, or of none",
+            f"{_cell(cells, row)}, which says none",
         )
     first = stamps.min()
     seconds = (stamps - first).dt.total_seconds().to_numpy(np.float64)

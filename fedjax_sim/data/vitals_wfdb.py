@@ -199,17 +199,23 @@ def _files(header: Path, shown: str = "") -> list[Path]:
     """The files with samples that a header names."""
     wfdb = _wfdb()
     try:
-        # wfdb assumes 250 Hz for a frequency that it cannot read.
+        # wfdb assumes 250 Hz for a frequency that it cannot read, and a gain of 200 for
+        # one of 0.
         text = header.read_text("ascii", errors="replace")
-        line = next(line for line in text.splitlines() if line and line[0] != "#")
-        frequency = float(re.split("[/(]", line.split()[2])[0])
+        lines = [x.split() for x in text.splitlines() if x.strip() and x[0] != "#"]
+        numbers = [lines[0][2], *(line[2] for line in lines[1:])]
+        frequency, *gains = (float(re.split("[/(]", x)[0]) for x in numbers)
         names = wfdb.rdheader(str(header.with_suffix(""))).file_name
-        if not frequency > 0 or not names or None in names:
-            raise ValueError(f"{frequency:g} Hz, files {names}")
+        usable = [math.isfinite(gain) and gain != 0 for gain in gains]
+        if not 1e-6 <= frequency <= 1e6 or not all(usable):
+            raise ValueError(f"{frequency:g} Hz, gains {gains}")
+        if not names or None in names:
+            raise ValueError(f"files {names}")
     except Exception as error:  # damage shows in many ways, all with the same remedy
         raise _corrupt(
             shown or header,
-            "a WFDB header of one segment with signals and a sampling frequency",
+            "a WFDB header of one segment with a sampling frequency, and signals with "
+            "gains other than 0",
             f"{type(error).__name__}: {error}",
         ) from error
     return [header.parent / name for name in dict.fromkeys(names)]

@@ -76,6 +76,10 @@ def test_series_too_short_for_a_window():
     assert windows(4)(series).mask.tolist() == [True, False, False, False, False]
     with pytest.raises(ValueError, match="of 5 steps need a series of at least 6; got"):
         windows(5)(series)
+    for inputs, targets in ((jnp.zeros(9), 9), (jnp.zeros((9, 1)), 8)):
+        other = ClientData(inputs, jnp.zeros(targets, jnp.int32), None)
+        with pytest.raises(ValueError, match=r"\[steps, features\] and one label a st"):
+            windows(4)(other)
     with pytest.raises(ValueError, match=r"windows' length must be .* at least 1; got"):
         windows(0)
     with pytest.raises(TypeError, match="windows' length must be an integer"):
@@ -217,7 +221,7 @@ def device_by_loop(values, *, train=0.7, history=None, max_gap=5, edges=(-0.43, 
     x = np.empty_like(values)
     moments = []
     for c in range(values.shape[1]):
-        for first, last in ((0, end), (end, len(values))):
+        for first, last in ((0, middle), (middle, end), (end, len(values))):
             x[first:last, c] = filled_by_loop(values[first:last, c], max_gap)
         own = [v for v in values[:known, c] if not np.isnan(v)]
         mean = sum(own) / len(own)
@@ -372,6 +376,7 @@ def test_what_is_tested_on_changes_nothing_before(history):
 
     values = walk(60, 3)
     values[41, 0] = NAN  # the last sample of training: its gap ends in the test
+    values[20, 0] = NAN  # that of the history: it ends in the training
     before = inputs(values)
     later = values.copy()
     later[42:] = later[42:] * 3 + 5
@@ -381,7 +386,7 @@ def test_what_is_tested_on_changes_nothing_before(history):
     # Not even of what comes after the history, with one.
     known = 21 if history else 42
     changed = values.copy()
-    changed[known - 1] += 9
+    changed[known - 2] += 9
     for part, old in zip(inputs(changed), before):
         assert np.any(part[:, :2] != old[:, :2])
     if history:
@@ -397,6 +402,12 @@ def test_a_gap_over_the_border_is_not_filled():
     assert min(steps_used(found.local_test, 0)) == 30
     assert found.devices[0].filled == (0, 0)
     assert found.clients.inputs[26:30, 0].tolist() == [0.0] * 4
+    # Nor over that of history and training, at 14.
+    values = walk(40, 4, [(0, 12, 4)])
+    found = federate_series(make_vitals(values), length=L, history=0.5)
+    assert max(steps_used(found.history, 0)) == 11
+    assert min(steps_used(found.clients, 0)) == 16
+    assert found.devices[0].filled == (0, 0)
     inside = walk(40, 4, [(0, 20, 4)])
     found = federate_series(make_vitals(inside), length=L)
     assert max(steps_used(found.clients, 0)) == 27
@@ -459,9 +470,39 @@ def test_records_that_cannot_be_used(values, error):
     alone = federate_series(make_vitals(*SERIES), **options)
     jax.tree.map(np.testing.assert_array_equal, found.clients, alone.clients)
     with pytest.raises(
-        ValueError, match=r"none of the 1 records of hand .*used: .*" + error
+        ValueError, match=r"none of the 1 records of hand .*used\. .*" + error
     ):
         federate_series(make_vitals(values), **options, skip_unusable=True)
+
+
+def test_what_was_left_out_before_stays_so():
+    vitals = make_vitals(FLAT, *SERIES)._replace(left_out={"x": "x is empty."})
+    found = federate_series(vitals, length=L, skip_unusable=True)
+    assert list(found.left_out) == ["x", "r0"]
+    assert found.left_out["x"] == "x is empty."
+
+
+@pytest.mark.parametrize("sample", [np.inf, -np.inf, 1e39])
+def test_an_infinite_sample(sample):
+    values = walk(60)
+    values[3, 1] = sample
+    record = Record("r0", "p0", START, values)
+    vitals = make_vitals(*SERIES)._replace(records=(record,))
+    with pytest.raises(ValueError, match=r"r0 has a sample of -?(inf|1e\+39): expected"):
+        federate_series(vitals, length=L)
+
+
+def test_records_of_another_form():
+    vitals = make_vitals(*SERIES)
+    twice = vitals._replace(records=vitals.records + vitals.records[1:2])
+    with pytest.raises(ValueError, match="names of their own; got 'r1' more than once"):
+        federate_series(twice, length=L)
+    narrow = vitals._replace(channels=("heart_rate",))
+    with pytest.raises(ValueError, match=r"r0 must have a column for each of heart_r"):
+        federate_series(narrow, length=L)
+    line = vitals.records[0]._replace(values=np.ones(60))
+    with pytest.raises(ValueError, match=r"got shape \(60,\)"):
+        federate_series(vitals._replace(records=(line,)), length=L)
 
 
 def test_flat_is_a_matter_of_its_limit():
@@ -511,6 +552,9 @@ def test_refuses(options, error):
         ({"edges": ("low",)}, "edges must be a number"),
         ({"max_gap": 1.5}, "max_gap must be an integer"),
         ({"root_size": 1.5}, "root_size must be an integer"),
+        ({"seed": 0.5}, "seed must be an integer"),
+        ({"calendar_features": "no"}, "calendar_features must be of type bool"),
+        ({"skip_unusable": 1}, "skip_unusable must be of type bool"),
     ],
 )
 def test_refuses_other_types(options, error):

@@ -318,7 +318,18 @@ class TestDamage:
         numerics.write_bytes(content)
         self.refused(numerics, "a WFDB header of one segment")
 
-    @pytest.mark.parametrize("frequency", ["0", "abc", "-1", "nan"])
+    @pytest.mark.parametrize("gain", ["0", "0(0)/bpm", "nan/bpm", "inf", "bpm", ""])
+    def test_a_wrong_gain(self, numerics, gain):
+        """A gain of 0 would be read as 200: a heart rate of 4."""
+        lines = numerics.read_text().split("\n")
+        fields = lines[2].split()
+        lines[2] = " ".join([*fields[:2], gain] + (fields[3:] if gain else []))
+        numerics.write_text("\n".join(lines))
+        self.refused(numerics, "with gains other than 0")
+
+    @pytest.mark.parametrize(
+        "frequency", ["0", "abc", "-1", "nan", "inf", "1e-300", "1e300"]
+    )
     def test_a_wrong_frequency(self, numerics, frequency):
         lines = numerics.read_text().split("\n")
         fields = lines[0].split()
@@ -443,13 +454,11 @@ p000001-2149-01-02-03-04,p000001,120,34,14,24,74
         assert "record p000003-2150-01-02-03-04 needs a measured" in str(caught.value)
         loaded = load(skip_empty=True)
         assert [r.patient for r in loaded.records] == ["p000001", "p000002"]
-        assert loaded.source.endswith("left out as empty: p000003-2150-01-02-03-04")
-        assert (
-            "left out"
-            not in load_vitals(
-                "mimic_pap", tmp_path, ("pap_mean",), skip_empty=True
-            ).source
-        )
+        assert list(loaded.left_out) == ["p000003-2150-01-02-03-04"]
+        assert "no measured sample of heart_rate" in str(loaded.left_out)
+        whole = load_vitals("mimic_pap", tmp_path, ("pap_mean",), skip_empty=True)
+        assert not whole.left_out
+        assert whole.source == loaded.source.replace("2 of 5", "3 of 5")
 
     def test_an_empty_record_beside_a_fuller_one(self, tmp_path):
         empty = "p000002-2140-01-02-03-04,p000002,0,1,1,1,0\n"
@@ -623,6 +632,21 @@ class TestCsv:
                 "got '5' in row 3",
             ),
             ('patient,time,heart_rate\n1,0,"80\n', "got ParserError"),
+            (
+                "patient,time,heart_rate\n1,2183-01-01,80\n1,2183-01-02,80\n"
+                "1,2184,80\n",
+                "got '2184' in row 3",
+            ),
+            (
+                "patient,time,heart_rate\n1,21830101,80\n1,21830102,80\n",
+                "got '21830101' in row 1 .*, which may be either. Write dates with d",
+            ),
+            (
+                "patient,time,heart_rate\n1,2183-01-01T01:00+01:00,80\n"
+                "1,2183-01-01T01:00,80\n",
+                "the zone of all times in 'time', or of none; got '2183-01-01T01:00'",
+            ),
+            ("patient,time,heart_rate\n1,0,80\n1,60,1e39\n", r"a sample of 1e\+39"),
             ("patient,time,heart_rate\n1,0,80\n1,6e9,80\n", "milliseconds"),
             ("patient,time,heart_rate\n1,0,80\n1,1e300,80\n", "milliseconds"),
         ],
@@ -669,6 +693,9 @@ class TestCsv:
             load(path=path, paitent="p")
         with pytest.raises(ValueError, match="for spo2, which is not loaded"):
             load(path=path, spo2="sat")
+        for twice in ({"time": "patient"}, {"heart_rate": "time"}):
+            with pytest.raises(ValueError, match="columns of their own; got '(pa|ti)"):
+                load(path=path, **twice)
         with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
             load(path=tmp_path / "absent.csv")
 
@@ -687,6 +714,9 @@ class TestLoadVitals:
             load_vitals("generated", channels=("heartrate",))
         with pytest.raises(TypeError, match=r"Give \('spo2',\)"):
             load_vitals("generated", channels="spo2")
+        for channels in ({"spo2"}, (c for c in ["spo2"])):
+            with pytest.raises(TypeError, match="a list of names, whose order"):
+                load_vitals("generated", channels=channels)
         for channels in ((), ("spo2", "spo2")):
             with pytest.raises(ValueError, match="one or more different names"):
                 load_vitals("generated", channels=channels)
