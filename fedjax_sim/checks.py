@@ -591,8 +591,10 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
     """Poison and trigger keep the form of the data and fit it, by shapes alone."""
     who = f"the data attack {attack.name}"
 
-    def one_client(key: jax.Array) -> None:
+    def one_client(key: jax.Array, held_out: Clients | None) -> None:
         data, context = _one_client(sim, samples=False)
+        if held_out is not None:
+            data = held_out.gather(jnp.zeros((), jnp.int32))
         with _blamed(who):
             poisoned: Any = attack.poison(key, data, context)
         if not isinstance(poisoned, ClientData):
@@ -611,7 +613,9 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
         _check_like(f"{who}: trigger's wanted", out[1], one)
         _check_like(f"{who}: trigger's counts", out[2], one.astype(bool))
 
-    jax.eval_shape(one_client, jax.random.key(0))
+    jax.eval_shape(one_client, jax.random.key(0), None)
+    if sim.local_test is not None:
+        jax.eval_shape(one_client, jax.random.key(0), sim.local_test)
     if attack.trigger is not None and sim.test is not None:
         inputs = jnp.asarray(sim.test.inputs[:1])
         targets = jnp.asarray(sim.test.targets[:1], jnp.int32)

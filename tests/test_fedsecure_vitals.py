@@ -215,7 +215,7 @@ def test_the_names_of_the_paper_s_runs():
         (["--max-flagged", "1"], "--max-flagged"),
         (["--window", "0"], "--window"),
         (["--window", "500"], "no window of 500 samples"),
-        (["--devices", "3"], "--devices: num_devices must be from the number"),
+        (["--devices", "3"], "--devices: the number of devices must be from"),
         (["--source", "generated+bidmc"], "takes one source"),
         (["--source", "generate"], "Did you mean 'generated'"),
         (["--source", "generated(people=3)"], "people"),

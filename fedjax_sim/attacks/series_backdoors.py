@@ -120,6 +120,9 @@ def gradual_pattern(
     knows nothing of the other clients. The mask of a series says where samples start:
     steps outside it are changed as the others, and it stays.
 
+    A stretch that the client holds out (``Simulation.local_test``) is a series of its
+    own, whose steps are counted from 0 again.
+
     Cost: O(steps).
 
     Args:
@@ -233,6 +236,9 @@ def repeated_pattern(
     Threat model: an attacker changes its own series and then follows the protocol; it
     knows nothing of the other clients. The mask of a series says where samples start:
     steps outside it are changed as the others, and it stays.
+
+    A stretch that the client holds out (``Simulation.local_test``) is a series of its
+    own, whose steps are counted from 0 again.
 
     Cost: O(steps).
 

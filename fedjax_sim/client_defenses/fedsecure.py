@@ -13,6 +13,7 @@ from fedjax_sim.client_defenses.reference_model import (
     adaptive_threshold,
     anomaly_scores,
     error_scale,
+    highest_score,
     window_errors,
 )
 from fedjax_sim.registry import check_count, check_number, check_type, require
@@ -162,6 +163,11 @@ def fedsecure(
                 f"{int((~np.isfinite(values)).sum())} of them not finite. Take it from "
                 "calibrate."
             )
+    if not (own.scale.spread > 0).all():
+        raise ValueError(
+            "fedsecure's calibration must have a scale above 0 for each client; got "
+            f"{own.scale.spread.min():g}. Take it from calibrate."
+        )
     max_flagged = check_number("fedsecure's max_flagged", max_flagged, 0, 1, "[)")
     every = None if every is None else check_count("fedsecure's every", every, 1)
     adapt = check_number("fedsecure's adapt", adapt, 0, 1, "[]")
@@ -276,7 +282,12 @@ def calibrate(
 
     Returns:
         A ``Calibration`` of all devices.
+
+    Raises:
+        TypeError, ValueError: a bad option, windows of other features than the detector
+            learned, or a threshold that no score of the classifier is above.
     """
+    check_type("detector", detector, Detector, "Train one: train_detector(...).")
 
     @jax.jit
     def every_device(history: Clients, detector: Detector) -> Calibration:
@@ -289,7 +300,17 @@ def calibrate(
 
         return jax.lax.map(one, jnp.arange(history.num_clients))
 
-    return every_device(history, detector)
+    found = every_device(history, detector)
+    most = highest_score(detector)
+    deaf = np.flatnonzero(~(np.asarray(found.thresholds) < most))
+    if len(deaf):
+        raise ValueError(
+            f"{len(deaf)} devices (the first is client {deaf[0]}) would never flag a "
+            f"window: their thresholds must be below the classifier's largest score, "
+            f"{most:.3g}; got {float(found.thresholds[deaf[0]]):.3g}. Train the "
+            "classifier for longer, or lower k, percentile, low or high."
+        )
+    return found
 
 
 def clean_windows(

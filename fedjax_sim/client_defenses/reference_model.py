@@ -21,6 +21,7 @@ from fedjax_sim.types import AnyArray, Array, PyTree
 # A share of the windows, drawn at random, that the reference model is not trained on.
 HELD_OUT = 0.2
 FOLDS = 5
+DIVERGED = 10.0  # times the error of rebuilding every window as 0
 # Errors that are all alike have none.
 _LEAST_SPREAD = 1e-6
 
@@ -147,7 +148,17 @@ def _hidden(autoencoder: PyTree) -> int:
 
 
 def rebuild(detector: Detector, windows: Array) -> Array:
-    """What the reference model makes of windows ``[b, L, F]``."""
+    """What the reference model makes of windows ``[b, L, F]``.
+
+    Raises:
+        ValueError: windows of another form, or number of features, than it learned.
+    """
+    features = detector.autoencoder["Dense_0"]["kernel"].shape[1]
+    if windows.ndim != 3 or windows.shape[2] != features:
+        raise ValueError(
+            f"the reference model needs windows [b, L, {features}], of the features "
+            f"that it was trained on; got shape {windows.shape}."
+        )
     net = Autoencoder(_hidden(detector.autoencoder))
     rebuilt: Any = net.apply({"params": detector.autoencoder}, windows)
     return rebuilt
@@ -189,6 +200,12 @@ def anomaly_scores(detector: Detector, errors: Array, scale: Scale) -> Array:
     return jnp.where(jnp.isfinite(errors), scores, 1.0)
 
 
+def highest_score(detector: Detector) -> float:
+    """The largest score that the classifier gives to any finite error."""
+    x = detector.highest - jnp.linspace(0.0, 20.0, 2001)
+    return float(classify(detector.layers, x[:, None]).max())
+
+
 def _log(errors: Array) -> Array:
     return jnp.log(jnp.maximum(errors, jnp.finfo(jnp.float32).tiny))
 
@@ -222,11 +239,23 @@ def adaptive_threshold(
     Returns:
         ``float32 []``; ``high`` without any score.
 
+    Raises:
+        TypeError, ValueError: an option that is no number, or out of range.
+
     Example:
         >>> scores = jnp.array([0.1, 0.2, 0.3, 0.4, 0.5])
         >>> round(float(adaptive_threshold(scores)), 6)
         0.602132
     """
+    k = check_number("adaptive_threshold's k", k)
+    percentile = check_number(
+        "adaptive_threshold's percentile", percentile, 0, 100, "[]"
+    )
+    mix = check_number("adaptive_threshold's mix", mix, 0, 1, "[]")
+    if not low <= high:
+        raise ValueError(
+            f"adaptive_threshold's low must be at most its high; got {low} and {high}."
+        )
     if mask is None:
         mask = jnp.ones(scores.shape, bool)
     count = mask.sum()
@@ -304,14 +333,14 @@ def train_detector(
 
     Raises:
         TypeError, ValueError: an option out of range, windows that are not finite
-            ``[s, L, F]`` or too few, a training that diverged, or no window that stands
-            out.
+            ``[s, L, F]`` or too few, a training that diverged, no window that stands
+            out, or a classifier that has not learned to tell any.
 
     Example:
         >>> windows = np.random.default_rng(0).normal(size=(50, 6, 1))
         >>> detector, training = train_detector(
         ...     jax.random.key(0), windows.astype(np.float32), np.zeros(50, int),
-        ...     hidden=4, epochs=2, classifier_epochs=5)
+        ...     hidden=4, epochs=2)
         >>> scale = error_scale(jnp.asarray(training.errors))
         >>> anomaly_scores(detector, jnp.array([0.1, 9.0]), scale).shape
         (2,)
@@ -365,10 +394,14 @@ def train_detector(
         net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate
     )
     errors = jax.jit(window_errors)(Detector(params, (), jnp.zeros(())), x)
-    if not np.isfinite(errors).all():
+    worst = float(errors.max())
+    size = float(jnp.square(x).mean(axis=(1, 2)).max())
+    # To rebuild everything as 0 would be an error of ``size`` at most.
+    if not worst <= DIVERGED * max(size, 1.0):
         raise ValueError(
-            "the reference model diverged: its errors are not finite. Lower "
-            f"learning_rate ({learning_rate:g})."
+            f"the reference model diverged: its largest error is {worst:g}, of windows "
+            f"with a mean square of {size:g} at most. Lower learning_rate "
+            f"({learning_rate:g})."
         )
     num_devices = int(device.max()) + 1
     limits = error_limits(errors, jnp.asarray(device), num_devices)
@@ -407,6 +440,14 @@ def train_detector(
             f"learning_rate ({learning_rate:g})."
         )
     detector = Detector(params, final, inputs.max())
+    if not highest_score(detector) > 0.5:
+        raise ValueError(
+            f"the classifier scores no error above {highest_score(detector):.3g}, so "
+            f"that nobody would ever be flagged: {int(labels.sum())} of {len(x)} "
+            "windows are anomalous, too few for so short a training. Raise "
+            f"classifier_epochs ({classifier_epochs}) or learning_rate "
+            f"({learning_rate:g})."
+        )
     shown = val[:1]
     training = Training(
         **{name: np.asarray(curve) for name, curve in curves.items()},

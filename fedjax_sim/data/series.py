@@ -277,11 +277,11 @@ def federate_series(
     """One client for every record: windows to train on, and later ones to test on.
 
     The first ``train`` of a record's time is for training, the rest for testing; no
-    window has steps of both, and no gap is filled from the next stretch. Every channel is standardised per patient, ``(x - mean) /
-    sd``, with mean and sd of the measured samples of what the server may know, which is
-    the training stretch or the part of it that is ``history``; never of what is tested
-    on. The label of a step is the ``states`` of the first channel; a sample's is that
-    of the step after its window.
+    window has steps of both, and no gap is filled from the next stretch. Every channel
+    is standardised per patient, ``(x - mean) / sd``, with mean and sd of the measured
+    samples of what the server may know, which is the training stretch or the part of it
+    that is ``history``; never of what is tested on. The label of a step is the
+    ``states`` of the first channel; a sample's is that of the step after its window.
 
     Gaps of up to ``max_gap`` samples are joined by a straight line. A window with a
     longer one in it, or in the step after it, is no sample.

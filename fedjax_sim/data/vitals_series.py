@@ -108,7 +108,7 @@ def gridded(
         ``float32 [T, C]``.
 
     Raises:
-        ValueError: more than ``MAX_SAMPLES`` steps, or a value that float32 cannot hold.
+        ValueError: more than ``MAX_SAMPLES`` steps, or a value beyond float32.
 
     Example:
         >>> times = np.array([130.0, 0.0, 59.0])
@@ -153,10 +153,10 @@ where nothing was measured. Mend it, or leave the record out.
         result = np.asarray(values).astype(np.float32)
     beyond = np.isinf(result)
     if beyond.any():
+        first = np.asarray(values)[beyond][0]
         raise ValueError(
-            f"{what} has a sample of {np.asarray(values)[beyond][0]:g}: expected finite "
-            "float32 numbers, or NaN where nothing was measured. Mend it, or leave the "
-            "record out."
+            f"{what} has a sample of {first:g}: expected finite float32 numbers, or "
+            "NaN where nothing was measured. Mend it, or leave the record out."
         )
     return result
 
@@ -177,8 +177,8 @@ def averaged(
         ``float32 [ceil(T own / interval), C]``.
 
     Raises:
-        ValueError: ``interval`` is no whole multiple of ``own``, or a value that float32
-            cannot hold.
+        ValueError: ``interval`` is no whole multiple of ``own``, or a value is beyond
+            float32.
 
     Example:
         >>> values = np.array([[1.0], [3.0], [np.nan]])

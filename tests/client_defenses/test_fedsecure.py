@@ -18,7 +18,7 @@ from fedjax_sim.client_defenses import (
     fedsecure,
     train_detector,
 )
-from fedjax_sim.client_defenses.fedsecure import judge
+from fedjax_sim.client_defenses.fedsecure import judge, screen
 from fedjax_sim.data import federate_series, windows
 from fedjax_sim.data.vitals import Record, Vitals
 from fedjax_sim.state import TRAIN, stream
@@ -63,7 +63,6 @@ def detector():
         epochs=15,
         learning_rate=5e-3,
         layers=(4,),
-        classifier_epochs=1,
     )
     first = jnp.array([[1.0, -1.0]]), jnp.array([-1.0, 0.0])
     second = jnp.array([[3.0], [-0.5]]), jnp.array([-2.0])
@@ -140,6 +139,28 @@ def test_clean_windows_are_those_of_a_loop():
     np.testing.assert_array_equal(found, expected)
     assert device.tolist() == whose
     assert len({whose.count(id) for id in range(N)}) > 1
+
+
+def test_a_threshold_that_no_score_is_above():
+    history = federation().history
+    with pytest.raises(
+        ValueError, match=r"4 devices .*below .* score, 0\.982; got 0\.99"
+    ):
+        calibrate(detector(), history, MAKE, low=0.99)
+    for options in ({"percentile": 101}, {"mix": -0.1}, {"low": 0.6, "high": 0.5}):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"adaptive_threshold's {name} must"):
+            calibrate(detector(), history, MAKE, **options)
+    with pytest.raises(TypeError, match="adaptive_threshold's k must be a number"):
+        calibrate(detector(), history, MAKE, k="3")
+
+
+@pytest.mark.parametrize("shape", [(9, L, 4), (9, 5)])
+def test_windows_of_another_form_than_it_learned(shape):
+    other = ClientData(jnp.zeros(shape), jnp.zeros(9, jnp.int32), None)
+    own = jax.tree.map(lambda x: x[0], calibration().scale)
+    with pytest.raises(ValueError, match=r"windows \[b, L, 5\], .* got shape \(9, "):
+        screen(detector(), other, own)
 
 
 @pytest.mark.parametrize("options", [{}, {"k": 1.0, "mix": 0.9, "low": 0.0}], ids=str)
@@ -506,11 +527,15 @@ def test_a_calibration_of_other_devices():
         ({"thresholds": [0.5, np.nan, 0.5, 0.5]}, r"thresholds.*\(4,\), 1 of them not"),
         ({"thresholds": [[0.5] * N]}, r"of shape \(1, 4\), 0 of them not finite"),
         ({"thresholds": [0.5] * 3}, r"scale.center of shape \(4,\), 0"),
+        ({"spread": [1.0, 0.0, 1.0, 1.0]}, "a scale above 0 for each client; got 0"),
     ],
     ids=str,
 )
 def test_refuses(changes, error):
     own = calibration()
+    if "spread" in changes:
+        scale = own.scale._replace(spread=np.array(changes["spread"]))
+        own, changes = own._replace(scale=scale), {}
     if "thresholds" in changes:
         own, changes = Calibration(own.scale, np.array(changes["thresholds"])), {}
     with pytest.raises(ValueError, match=error):

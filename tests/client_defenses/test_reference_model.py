@@ -274,7 +274,15 @@ def test_windows_in_batches(monkeypatch):
         ({"windows": np.full((S, L, F), np.nan)}, "finite windows; got a NaN"),
         ({"windows": np.full((S, L, F), np.inf)}, "finite windows; got a NaN or inf"),
         ({"batch_size": 49}, "more windows: 60 leave 48 to train on, with batch_size="),
-        ({"learning_rate": 1e18}, "none of the 60 windows stands out"),
+        ({"windows": np.ones((S, L, F))}, "none of the 60 windows stands out"),
+        (
+            {"learning_rate": 1e18},
+            r"diverged: its largest error is .*mean square of 61\.99",
+        ),
+        (
+            {"classifier_epochs": 1},
+            r"scores no error above 0\..*classifier_epochs \(1\)",
+        ),
         ({"device": np.full(S, -1)}, "numbered from 0"),
         ({"device": np.zeros(S)}, "numbered from 0; got .* float64"),
         ({"learning_rate": 1e30}, r"reference model diverged.*learning_rate \(1e\+30"),

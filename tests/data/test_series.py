@@ -488,7 +488,9 @@ def test_an_infinite_sample(sample):
     values[3, 1] = sample
     record = Record("r0", "p0", START, values)
     vitals = make_vitals(*SERIES)._replace(records=(record,))
-    with pytest.raises(ValueError, match=r"r0 has a sample of -?(inf|1e\+39): expected"):
+    with pytest.raises(
+        ValueError, match=r"r0 has a sample of -?(inf|1e\+39): expected"
+    ):
         federate_series(vitals, length=L)
 
 

@@ -694,7 +694,7 @@ class TestCsv:
         with pytest.raises(ValueError, match="for spo2, which is not loaded"):
             load(path=path, spo2="sat")
         for twice in ({"time": "patient"}, {"heart_rate": "time"}):
-            with pytest.raises(ValueError, match="columns of their own; got '(pa|ti)"):
+            with pytest.raises(ValueError, match=r"columns of their own; got '(pa|ti)"):
                 load(path=path, **twice)
         with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
             load(path=tmp_path / "absent.csv")
