@@ -1,10 +1,11 @@
 """The detectors of the FedSecure study: trained once, kept beside the run."""
 
+import contextlib
 import functools
 import itertools
 import os
 import time
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 import fedjax_sim as fs
+from experiments import results
 from fedjax_sim.client_defenses.fedsecure import Calibration, Scale, screen
 from fedjax_sim.client_defenses.reference_model import Detector, Fold, Training
 from fedjax_sim.data.series import SeriesFederation
@@ -53,6 +55,18 @@ def untrained(config: Any, devices: SeriesFederation) -> Trained:
     return Trained(Detector(params, layers, jnp.zeros(())), own, None)
 
 
+@contextlib.contextmanager
+def or_nothing(config: Any) -> Iterator[None]:
+    """Leaves no run behind that could never be trained, and would be in the way."""
+    try:
+        yield
+    except ValueError:
+        if not config.resume:
+            for path in (config.out / "config.json", *config.out.glob("detector-*")):
+                path.unlink(missing_ok=True)
+        raise
+
+
 def load_or_train(
     config: Any,
     part: str,
@@ -65,8 +79,8 @@ def load_or_train(
     Raises:
         ValueError: too few windows, or the training diverged.
     """
-    path = config.out / f"detector-{part}.npz"
-    kept = _load(path, untrained(config, devices))
+    path, key = config.out / f"detector-{part}.npz", results.config_key(config)
+    kept = _load(path, untrained(config, devices), key)
     if kept is not None:
         console.print(f"{part}: the detector is that of {path}")
         return kept
@@ -93,13 +107,13 @@ def load_or_train(
     )
     temporary = path.with_name("tmp-" + path.name)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
-    np.savez(temporary, *leaves)
+    np.savez(temporary, *leaves, key=key)
     os.replace(temporary, path)
     return found
 
 
-def _load(path: Path, blank: Trained) -> Trained | None:
-    """What was kept, if it is there and whole."""
+def _load(path: Path, blank: Trained, key: str) -> Trained | None:
+    """What was kept, if it is there, whole, and of this run."""
     if not path.is_file():
         return None
     nothing: Any = np.zeros(0)
@@ -111,9 +125,14 @@ def _load(path: Path, blank: Trained) -> Trained | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             leaves = [archive[f"arr_{i}"] for i in range(len(shapes))]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            if str(archive["key"]) != key:
+                return None
+    except Exception:  # damage shows in many ways, all with the same remedy
         return None
     found: Trained = jax.tree.unflatten(structure, leaves)
+    for old, new in zip(jax.tree.leaves(blank), jax.tree.leaves(found[:2])):
+        if np.shape(old) != np.shape(new) or not np.isfinite(new).all():
+            return None
     # The networks are applied by jax; what the report reads stays NumPy.
     return found._replace(
         detector=jax.tree.map(jnp.asarray, found.detector),
@@ -145,23 +164,60 @@ def screen_devices(
 
     The noise of an attack is that of the run of the first seed.
     """
-    count = len(devices.devices)
-    ids = jnp.arange(count)
-    data = devices.clients.gather(ids)
-    if attack is not None:
-        key = jax.random.fold_in(jax.random.key(config.seed), POISON)
-
-        def poison(id: jax.Array, own: ClientData) -> ClientData:
-            context = RoundContext(round=jnp.int32(0), client_ids=id, rank=jnp.int32(0))
-            return attack.poison(jax.random.fold_in(key, id), own, context)
-
-        # Not compiled: an attack of another strength would be another program.
-        data = jax.vmap(poison)(ids, data)
+    data = _data(config, devices, attack)
     found = _screen(make_samples, trained.detector, trained.calibration.scale, data)
     scores, errors, mask = (np.asarray(values) for values in found)
     limits = np.asarray(trained.calibration.thresholds)[:, None]
     flagged = (mask & (scores > limits)).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
     return Screened(scores, errors, mask, flagged)
+
+
+def _data(
+    config: Any, devices: SeriesFederation, attack: DataAttack | None
+) -> ClientData:
+    """What each device trains on if it is the poisoned one."""
+    ids = jnp.arange(len(devices.devices))
+    data = devices.clients.gather(ids)
+    if attack is None:
+        return data
+    key = jax.random.fold_in(jax.random.key(config.seed), POISON)
+
+    def poison(id: jax.Array, own: ClientData) -> ClientData:
+        context = RoundContext(round=jnp.int32(0), client_ids=id, rank=jnp.int32(0))
+        return attack.poison(jax.random.fold_in(key, id), own, context)
+
+    # Not compiled: an attack of another strength would be another program.
+    return jax.vmap(poison)(ids, data)
+
+
+def out_of_reach(
+    config: Any,
+    devices: SeriesFederation,
+    make_samples: MakeSamples,
+    attack: DataAttack,
+    target: int | None,
+) -> list[int]:
+    """Numbers, from 1, of the devices that an attack would leave as they are.
+
+    Of a backdoor those without a changed window that is labelled as its target.
+    """
+    clean, poisoned = _data(config, devices, None), _data(config, devices, attack)
+    wanted = jnp.int32(-1 if target is None else target)
+    found = np.asarray(_reached(make_samples, clean, poisoned, wanted))
+    return [int(i) + 1 for i in np.flatnonzero(~found)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reached(
+    make_samples: MakeSamples, clean: ClientData, poisoned: ClientData, target: Any
+) -> jax.Array:
+    def one(both: tuple[ClientData, ClientData]) -> jax.Array:
+        before, after = map(make_samples, both)
+        changed = (before.inputs != after.inputs).any(axis=(1, 2))
+        wanted = (target < 0) | (after.targets == target)
+        return (after.valid & changed & wanted).any()
+
+    return jax.lax.map(one, (clean, poisoned))
 
 
 @functools.partial(jax.jit, static_argnums=0)

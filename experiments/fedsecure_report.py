@@ -1,6 +1,6 @@
 """What a run of the FedSecure study says at its end: tables, figures, summary.md."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import fedjax_sim as fs
 from experiments import fedsecure_plots, results, runner, specs
 from experiments.fedsecure_detector import Screened, Trained, screen_devices
 from experiments.results import evaluated, tail
+from fedjax_sim.attacks.series_backdoors import LENGTH
+from fedjax_sim.client_defenses.fedsecure import too_many
 from fedjax_sim.client_defenses.reference_model import Fold
 from fedjax_sim.data.series import STATES, SeriesFederation, states
 from fedjax_sim.report import mean_and_spread, mean_defined
@@ -39,7 +41,8 @@ PAPER_RUNS = {
     "gradual_pattern": "Run 4, backdoor 1",
     "repeated_pattern": "Run 5, backdoor 2",
 }
-# Strengths to try each attack at, as options; the label of what is varied.
+# Strengths to try each attack at, and the option that is varied; the height is that of
+# the default pattern.
 STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "variability": ("amplitude", (0.25, 0.5, 1, 2, 4)),
     "pattern_scaling": ("scale", (1.1, 1.25, 1.5, 2, 3)),
@@ -49,19 +52,22 @@ STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
 RUN_NOTE = (
     "Test accuracy and loss of the global model; *own* is the model that a device has "
     "after its local training (the server's, where it was excluded), on its own test "
-    "stretch, poisoned where the device is. "
-    f"Mean of the last {results.TAIL} evaluations. *Excluded*: rounds that poisoned "
-    "and honest devices were kept out of, in percent; *saved*: of the bytes that "
-    "updates would have taken."
+    "stretch, poisoned where the device is. {tail} *Excluded*: rounds that poisoned "
+    "and honest devices were kept out of; *saved*: bytes that a run did not send, of "
+    "an update of {size} bytes by every device in every round."
 )
 ACCURACY_NOTE = (
-    f"Test accuracy of the global model, mean of the last {results.TAIL} evaluations; "
-    "in brackets the attack's success, where it has a target."
+    "Test accuracy of the global model; in brackets the attack's success, where it has "
+    "a target. {tail}"
+)
+IDLE_NOTE = (
+    " *Idle*: rounds in which nobody was left, so that the model stayed as it was; at "
+    "100 % it was never trained."
 )
 SCREEN_NOTE = (
-    "Share of its windows that a device flags in its own series, clean and poisoned; "
-    "it stays out above {limit}. *Threshold*: of the device's scores. In the columns "
-    "of attacks every device is in turn the poisoned one."
+    "Share of its windows that a device flags in its own series, clean and poisoned. "
+    "*Threshold*: of the device's scores. In the columns of attacks every device is in "
+    "turn the poisoned one."
 )
 
 
@@ -76,6 +82,7 @@ def write(
     make_samples: MakeSamples,
     command: str,
     settings: str,
+    remarks: Sequence[str],
 ) -> None:
     """Prints the tables and writes the figures, ``summary.json`` and ``summary.md``.
 
@@ -89,40 +96,48 @@ def write(
         make_samples: how windows are cut.
         command: what starts this run.
         settings: the run in a sentence.
+        remarks: what is to be said of the data.
     """
     by_cell = {cell: result.histories[name] for name, cell in cells.items()}
-    first = next(iter(federations))
     screened = {
         part: screen_all(config, devices, trained[part], make_samples)
         for part, devices in federations.items()
     }
     tables: dict[str, tuple[fs.report.Table, str]] = {
-        "Devices": (device_table(federations[first]), _left_out(federations[first])),
+        f"Devices: {part}": (device_table(devices), _who(config, devices))
+        for part, devices in federations.items()
+    }
+    tables |= {
         "The reference model and the classifier": (
             detector_table(trained),
             "Held-out windows share steps with those trained on. The paper's "
             '"accuracy" of a reconstruction is read as Keras\': the share of steps '
             "at which the largest feature is the largest of the rebuilt step too.",
         ),
-        "Five folds of the classifier (the paper's table I)": (
-            fold_table(trained[first].training.folds),  # type: ignore[union-attr]
-            "",
-        ),
     }
+    for part, own in trained.items():
+        assert own.training is not None, "trained before the run"
+        name = f"Five folds of the classifier (the paper's table I): {part}"
+        tables[name] = fold_table(own.training.folds), ""
     plots: dict[str, Any] = {}
     for part, devices in federations.items():
         size = _bytes(config, devices)
+        own_cells = {c: h for c, h in by_cell.items() if c.part == part}
+        last = tail_note(own_cells.values())
+        idle = IDLE_NOTE if any(map(idle_rounds, own_cells.values())) else ""
         tables[f"Runs: {part}"] = (
             run_table(config, by_cell, part, size),
-            RUN_NOTE + f" An update is {size} bytes.",
+            RUN_NOTE.format(tail=last, size=f"{size:,}") + idle,
         )
         tables[f"Defenses: {part}"] = (
             defense_table(config, by_cell, part),
-            f"{ACCURACY_NOTE} {persistence(devices)}",
+            f"{ACCURACY_NOTE.format(tail=last)}{idle} {persistence(devices)}",
         )
         tables[f"Screening: {part}"] = (
-            screening_table(config, devices, trained[part], screened[part]),
-            SCREEN_NOTE.format(limit=results.percent(config.max_flagged)),
+            screening_table(
+                devices, trained[part], screened[part], limits(config, own_cells)
+            ),
+            SCREEN_NOTE,
         )
         training = trained[part].training
         assert training is not None, "trained before the run"
@@ -141,7 +156,8 @@ def write(
             )
             tables[f"Strength of attacks: {part}"] = (
                 strength_table(config, swept),
-                "Share of the devices that would stay out if they were poisoned so.",
+                "Share of the devices that would stay out if they were poisoned so, "
+                f"above {results.percent(config.max_flagged)} flagged windows.",
             )
     results.publish(
         config,
@@ -152,7 +168,31 @@ def write(
         settings=settings,
         tables=tables,
         plots=plots,
+        remarks=remarks,
     )
+
+
+def tail_note(histories: Iterable[fs.History]) -> str:
+    """Over how many evaluations the means are."""
+    count = min(len(evaluated(h, h.accuracy)[0]) for h in histories)
+    if count < 2:
+        return "Of the last evaluation."
+    return f"Mean of the last {min(count, results.TAIL)} evaluations."
+
+
+def idle_rounds(history: fs.History) -> float:
+    """Share of the rounds in which nobody was left."""
+    return float(np.mean(history.no_aggregate))
+
+
+def limits(config: Any, histories: Mapping[Any, fs.History]) -> list[float]:
+    """The shares of flagged windows above which devices stay out, by the defenses."""
+    found = [
+        specs.parse(cell.defense)[0].options.get("max_flagged", config.max_flagged)
+        for cell, history in histories.items()
+        if history.defense
+    ]
+    return list(dict.fromkeys([config.max_flagged, *found]))
 
 
 def screen_all(
@@ -173,38 +213,41 @@ def screen_all(
     }
 
 
-def _left_out(devices: SeriesFederation) -> str:
-    found = list(devices.left_out.values())
-    if not found:
-        return "Every record could be used."
-    shown = "; ".join(found[:5])
-    more = f" And {len(found) - 5} more." if len(found) > 5 else ""
-    return f"Left out ({len(found)}): {shown}{more}"
+def _who(config: Any, devices: SeriesFederation) -> str:
+    """Who is poisoned, and which records were left out and why."""
+    poisoned = "drawn by the seed, `byzantine` in clients.npz says who."
+    if config.poisoned:
+        names = (f"{n} ({devices.devices[n - 1].name})" for n in config.poisoned)
+        poisoned = f"{', '.join(names)}."
+    # What is to be done comes after the first sentence.
+    found = [why.partition(". ")[0] for why in devices.left_out.values()]
+    left_out = "Every record could be used."
+    if found:
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        left_out = f"Left out ({len(found)}): {'; '.join(found[:5])}{more}."
+    return f"Poisoned: {poisoned} {left_out}"
 
 
 def device_table(devices: SeriesFederation) -> fs.report.Table:
     """What became of every record; of many, the range."""
-    header = ("device", "steps", "missing", "filled in", "mean ± sd", "windows", "test")
+    counts = ("steps", "missing", "filled in", "windows", "test windows")
     rows: list[tuple[str, ...]] = []
-    if len(devices.devices) > MANY:
+    own = devices.devices
+    if len(own) > MANY:  # every column for itself
+        columns: dict[str, list[float]] = {
+            "steps": [d.steps for d in own],
+            "missing": [sum(d.missing) for d in own],
+            "filled in": [sum(d.filled) for d in own],
+            "windows": [d.windows for d in own],
+            "test windows": [d.test_windows for d in own],
+        }
+        for c, channel in enumerate(devices.channels):
+            columns[f"mean of {channel}"] = [d.mean[c] for d in own]
+            columns[f"sd of {channel}"] = [d.sd[c] for d in own]
         for name, pick in (("lowest", 0), ("median", 50), ("highest", 100)):
-
-            def of(values: list[float], pick: int = pick) -> str:
-                return f"{np.percentile(values, pick):.4g}"
-
-            own = devices.devices
-            rows.append(
-                (
-                    f"{name} of {len(own)}",
-                    of([d.steps for d in own]),
-                    of([sum(d.missing) for d in own]),
-                    of([sum(d.filled) for d in own]),
-                    f"{of([d.mean[0] for d in own])} ± {of([d.sd[0] for d in own])}",
-                    of([d.windows for d in own]),
-                    of([d.test_windows for d in own]),
-                )
-            )
-        return fs.report.Table(header, rows)
+            picked = (f"{np.percentile(v, pick):.4g}" for v in columns.values())
+            rows.append((f"{name} of {len(own)}", *picked))
+        return fs.report.Table(("device", *columns), rows)
     for number, device in enumerate(devices.devices, start=1):
         scale = (f"{m:.1f} ± {s:.1f}" for m, s in zip(device.mean, device.sd))
         rows.append(
@@ -213,12 +256,13 @@ def device_table(devices: SeriesFederation) -> fs.report.Table:
                 str(device.steps),
                 ", ".join(map(str, device.missing)),
                 ", ".join(map(str, device.filled)),
-                ", ".join(scale),
                 str(device.windows),
                 str(device.test_windows),
+                ", ".join(scale),
             )
         )
-    return fs.report.Table(header, rows)
+    channels = " and ".join(devices.channels)
+    return fs.report.Table(("device", *counts, f"mean ± sd of {channels}"), rows)
 
 
 def detector_table(trained: Mapping[str, Trained]) -> fs.report.Table:
@@ -289,16 +333,28 @@ def persistence(devices: SeriesFederation) -> str:
     )
 
 
-def run_name(attack: str, defense: str) -> str:
-    """A system's name as a run of the paper."""
+def run_name(attack: str, defense: str, attacks: Sequence[str]) -> str:
+    """A system's name as a run of the paper, of a study with these attacks.
+
+    Example:
+        >>> run_name("gradual_pattern", "fedavg", ["gradual_pattern"])
+        'Run 4, backdoor 1'
+        >>> both = ["gradual_pattern", "gradual_pattern(ramp=5)"]
+        >>> run_name(both[1], "fedavg", both), run_name(both[0], "fedsecure", both)
+        ('Run 4, backdoor 1: gradual_pattern(ramp=5)', 'Run 6, FedSecure: \
+gradual_pattern')
+    """
+    if defense != FEDAVG:
+        known = "Run 6, FedSecure" if defense == FEDSECURE else defense
+        return f"{known}: {'no poisoning' if attack == specs.NO_ATTACK else attack}"
     if attack == specs.NO_ATTACK:
-        return "Run 1, no poisoning" if defense == FEDAVG else "FedSecure, no poisoning"
-    known = PAPER_RUNS.get(specs.parse(attack)[0].name, attack)
-    if _target(attack) is not None:  # not in the paper
-        known = attack
-    if defense == FEDAVG:
-        return known
-    return f"Run 6, FedSecure: {attack}"
+        return "Run 1, no poisoning"
+    own = [text for text in attacks if _target(text) is None]  # the paper has no target
+    kind = specs.parse(attack)[0].name
+    if attack not in own or kind not in PAPER_RUNS:
+        return attack
+    alone = [specs.parse(text)[0].name for text in own].count(kind) == 1
+    return PAPER_RUNS[kind] if alone else f"{PAPER_RUNS[kind]}: {attack}"
 
 
 def _target(attack: str) -> str | None:
@@ -307,11 +363,19 @@ def _target(attack: str) -> str | None:
     return None if target is None else STATES[target]
 
 
-def excluded(history: fs.History, poisoned: bool) -> float:
-    """Share of the rounds that poisoned, or honest, devices were kept out of."""
-    who = np.asarray(history.byzantine) == poisoned
-    out = np.asarray(history.defense["excluded"], bool)
-    return float(out[who].mean()) if who.any() else float("nan")
+def excluded(history: fs.History, poisoned: bool) -> np.ndarray:
+    """Share of the rounds that poisoned, or honest, devices were kept out of, [seeds].
+
+    NaN where there is no such device.
+    """
+    who = _by_seed(history, history.byzantine) == poisoned
+    out = _by_seed(history, history.defense["excluded"]).astype(float)
+    return mean_defined(np.where(who, out, np.nan), axis=1)
+
+
+def _by_seed(history: fs.History, values: Any) -> np.ndarray:
+    """Values of every round and device, ``[seeds, R k]``, also without a seed axis."""
+    return np.asarray(values).reshape(len(np.atleast_2d(history.round)), -1)
 
 
 def _own(history: fs.History, field: str, device: int | None, poisoned: bool) -> Any:
@@ -358,16 +422,12 @@ def run_table(
         "saved",
     )
     rows: list[tuple[str, ...]] = []
-    for defense in (FEDAVG, FEDSECURE):
+    own_cells = {(c.attack, c.defense): h for c, h in by_cell.items() if c.part == part}
+    for defense in dict.fromkeys(d for _, d in own_cells):
         for attack in (specs.NO_ATTACK, *config.attacks):
-            found = [
-                h
-                for c, h in by_cell.items()
-                if (c.part, c.attack, c.defense) == (part, attack, defense)
-            ]
-            if not found:
+            history = own_cells[attack, defense]
+            if defense != FEDAVG and not history.defense:  # a rule of the server alone
                 continue
-            (history,) = found
             own = [
                 mean_and_spread(tail(_own(history, "own_accuracy", device, kind)[1]))
                 for device, kind in ((bad, True), (good, False))
@@ -376,14 +436,17 @@ def run_table(
                 own[0] = "-"
             out = ("", "", "")
             if history.defense:
-                shares = [excluded(history, kind) for kind in (True, False)]
-                gone = np.asarray(history.defense["excluded"], bool)
-                sent = f"{size * gone.sum() / 1e6:.2f} MB ({100 * gone.mean():.0f} %)"
-                out = (*(_percent(share) for share in shares), sent)  # type: ignore
+                gone = _by_seed(history, history.defense["excluded"]).astype(float)
+                saved = mean_and_spread(size * gone.sum(axis=1) / 1e3, digits=1)
+                out = (
+                    _percent(excluded(history, True)),
+                    _percent(excluded(history, False)),
+                    f"{saved} kB ({_percent(gone.mean(axis=1))})",
+                )
             rows.append(
                 (
-                    run_name(attack, defense),
-                    mean_and_spread(tail(history.accuracy)),
+                    run_name(attack, defense, config.attacks),
+                    mean_and_spread(tail(history.accuracy)) + _idle(history),
                     mean_and_spread(tail(history.loss)),
                     *own,
                     *out,
@@ -392,8 +455,15 @@ def run_table(
     return fs.report.Table(header, rows)
 
 
-def _percent(share: float) -> str:
-    return "-" if np.isnan(share) else f"{100 * share:.0f} %"
+def _percent(shares: np.ndarray) -> str:
+    """Shares by seed, in percent."""
+    found = mean_and_spread(100 * shares, digits=0)
+    return found if found == "-" else f"{found} %"
+
+
+def _idle(history: fs.History) -> str:
+    share = idle_rounds(history)
+    return f" (idle {100 * share:.0f} %)" if share else ""
 
 
 def defense_table(
@@ -405,8 +475,8 @@ def defense_table(
 
     def cell(history: fs.History) -> str:
         success = mean_and_spread(tail(history.attack_success))
-        accuracy = mean_and_spread(tail(history.accuracy))
-        return accuracy if success == "-" else f"{accuracy} ({success})"
+        found = mean_and_spread(tail(history.accuracy))
+        return found + ("" if success == "-" else f" ({success})") + _idle(history)
 
     rows = [
         (
@@ -419,59 +489,79 @@ def defense_table(
 
 
 def screening_table(
-    config: Any,
     devices: SeriesFederation,
     trained: Trained,
     screened: Mapping[str, Screened],
+    limits: Sequence[float],
 ) -> fs.report.Table:
-    """Threshold and flagged share of every device, clean and poisoned."""
-    limits = np.asarray(trained.calibration.thresholds)
-    header = ("device", "threshold", "clean", *config.attacks)
+    """Threshold and flagged share of every device, clean and poisoned.
+
+    And how many devices stay out above each of the ``limits``.
+    """
+    thresholds = np.asarray(trained.calibration.thresholds)
+    columns = ("clean" if name == specs.NO_ATTACK else name for name in screened)
     rows: list[tuple[str, ...]] = []
-    if len(limits) <= MANY:
+    if len(thresholds) <= MANY:
         for i, device in enumerate(devices.devices):
             shares = (f"{found.flagged[i]:.2f}" for found in screened.values())
-            rows.append((f"{i + 1}: {device.name}", f"{limits[i]:.3f}", *shares))
+            rows.append((f"{i + 1}: {device.name}", f"{thresholds[i]:.3f}", *shares))
     else:
         for name, pick in (("median", 50), ("90 % quantile", 90)):
             shares = (
                 f"{np.percentile(f.flagged, pick):.2f}" for f in screened.values()
             )
-            rows.append((name, f"{np.percentile(limits, pick):.3f}", *shares))
-    out = (
-        f"{(found.flagged > config.max_flagged).sum()} of {len(limits)}"
-        for found in screened.values()
-    )
-    rows.append(("devices that stay out", "", *out))
-    if len(limits) <= MANY:
+            rows.append((name, f"{np.percentile(thresholds, pick):.3f}", *shares))
+    for limit in limits:
+        out = (
+            f"{int(too_many(found.flagged, limit).sum())} of {len(thresholds)}"
+            for found in screened.values()
+        )
+        rows.append((f"stay out, above {results.percent(limit)}", "", *out))
+    if len(thresholds) <= MANY:
         paper = "/".join(f"{value:.3f}" for value in PAPER_THRESHOLDS)
         rows.append(("↳ paper, device 2 by run", paper, *[""] * len(screened)))
-    return fs.report.Table(header, rows)
+    return fs.report.Table(("device", "threshold", *columns), rows)
 
 
 def strengths(
     config: Any, devices: SeriesFederation, trained: Trained, make_samples: MakeSamples
 ) -> dict[str, tuple[list[float], np.ndarray]]:
     """Flagged shares ``[S, N]`` of every attack of the run, at several strengths."""
-    names = dict.fromkeys(specs.parse(text)[0].name for text in config.attacks)
     channels, classes = len(devices.channels), len(devices.edges) + 1
     clean = screen_devices(config, devices, trained, make_samples, None).flagged
     found = {}
-    for name in names:
-        if name not in STRENGTHS:
+    for text in config.attacks:
+        (call,) = specs.parse(text)
+        # Nobody looks at labels, and a pattern of one's own has no height.
+        kept = {k: v for k, v in call.options.items() if k != "target"}
+        if call.name not in STRENGTHS or "pattern" in kept:
             continue
-        option, values = STRENGTHS[name]
+        option, values = STRENGTHS[call.name]
+        kept.pop(option, None)
+        name = _call(call.name, kept)
+        if f"{name}: {option}" in found:
+            continue
         shares = [clean]
         for value in values:
-            text = f"{name}({option}={value})"
+            changed = {**kept, option: value}
             if option == "height":
-                text = f"{name}(pattern={[[float(value)] * channels] * 10})"
-            attack = specs.make_series_attack(text, channels, classes)
+                del changed["height"]
+                length = changed.pop("length", LENGTH)
+                changed["pattern"] = [[float(value)] * channels] * length
+            attack = specs.make_series_attack(
+                _call(call.name, changed), channels, classes
+            )
             shares.append(
                 screen_devices(config, devices, trained, make_samples, attack).flagged
             )
         found[f"{name}: {option}"] = ([0.0, *values], np.stack(shares))
     return found
+
+
+def _call(name: str, options: Mapping[str, Any]) -> str:
+    """A step as ``specs`` reads it."""
+    given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    return f"{name}({given})" if given else name
 
 
 def strength_table(
@@ -480,7 +570,7 @@ def strength_table(
     """How many devices stay out, by attack and strength."""
     rows: list[tuple[str, ...]] = []
     for name, (values, shares) in swept.items():
-        out = (shares > config.max_flagged).mean(axis=1)
+        out = np.asarray(too_many(shares, config.max_flagged)).mean(axis=1)
         cells = (f"{v:g}: {100 * share:.0f} %" for v, share in zip(values[1:], out[1:]))
         rows.append((name, f"{100 * out[0]:.0f} %", *cells))
     width = max(len(row) for row in rows)
@@ -506,7 +596,7 @@ def _runs_plot(config: Any, by_cell: Mapping[Any, fs.History], part: str) -> Any
                 lines[f"{name} {field}"] = rounds, mean_defined(values, axis=0)
             rounds, values = evaluated(history, getattr(history, field))
             lines[f"global {field}"] = rounds, mean_defined(values, axis=0)
-        runs[run_name(cell.attack, cell.defense)] = lines
+        runs[run_name(cell.attack, cell.defense, config.attacks)] = lines
     return fedsecure_plots.runs_plot(runs, (bad_name, good_name, "global"))
 
 
@@ -522,7 +612,7 @@ def _score_plot(
     found = {}
     for name, own in screened.items():
         mask = own.mask[device]
-        run = run_name(name, FEDAVG)
+        run = run_name(name, FEDAVG, config.attacks)
         target = None if name == specs.NO_ATTACK else _target(name)
         run = run.replace(", ", "\n") if target is None else f"backdoor to\n{target}"
         found[run] = own.scores[device][mask], own.errors[device][mask]

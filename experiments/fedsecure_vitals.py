@@ -20,7 +20,9 @@ Example:
   python -m experiments.fedsecure_vitals --data-dir DIR --out runs/fedsecure
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -38,6 +40,7 @@ from experiments import (
     specs,
 )
 from experiments.fedsecure_detector import Trained
+from fedjax_sim.client_defenses.reference_model import num_held_out
 from fedjax_sim.data.series import STATES, SeriesFederation
 from fedjax_sim.registry import check_number
 from fedjax_sim.types import MakeSamples
@@ -243,8 +246,9 @@ def check(config: Config) -> None:
         if value is not None and not 1 <= value <= most:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} must be from 1 to {most}; got {value}.")
-    if not 0 <= config.seed < 2**32 - config.num_seeds:
-        raise ValueError(f"--seed must be from 0 to 4294967294; got {config.seed}.")
+    most = 2**32 - 1 - config.num_seeds
+    if not 0 <= config.seed <= most:
+        raise ValueError(f"--seed must be from 0 to {most}; got {config.seed}.")
     check_number("--lr", config.lr, 0)
     check_number("--train", config.train, 0, 1)
     check_number("--history", config.history, 0, 1, "[)")
@@ -257,6 +261,15 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"--{flag} needs one value or more, each once; got {values}."
             )
+    for flag in ("attacks", "defenses"):
+        calls = [specs.parse(text) for text in getattr(config, flag)]
+        alike = [
+            text
+            for text, call in zip(getattr(config, flag), calls)
+            if calls.count(call) > 1
+        ]
+        if alike:
+            raise ValueError(f"--{flag} has one twice: {' and '.join(alike)}.")
     if specs.NO_ATTACK in config.attacks:
         raise ValueError(
             "--attacks none: runs without an attack are always there. Drop it."
@@ -273,6 +286,35 @@ def check(config: Config) -> None:
         check_number("--attackers", config.attackers, 0, 1)
 
 
+# What the library calls the options of this study.
+FLAGS = {
+    "Pass calendar_features=False.": "Add --no-calendar.",
+    "Leave such records out with skip_empty=True": "Leave such records out with "
+    "--skip-unusable",
+    "Lower flat, or leave the record out.": "Leave it out with --skip-unusable.",
+    "Shorten the windows, fill longer gaps, or leave it out.": "Shorten the windows "
+    "(--window), fill longer gaps (--max-gap), or leave it out (--skip-unusable).",
+    "root_size=": "--root-size ",
+    "Lower root_size.": "Lower --root-size.",
+    "batch_size=": "--batch-size ",
+    "Lower batch_size to": "Lower --batch-size to",
+    "Lower batch_size, shorten the windows": "Lower --batch-size, shorten the windows "
+    "(--window)",
+}
+
+
+@contextlib.contextmanager
+def in_flags() -> Iterator[None]:
+    """Says the ways out of an error in the flags of this study."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, flag in FLAGS.items():
+            text = text.replace(name, flag)
+        raise ValueError(text) from None
+
+
 def load(config: Config) -> fs.data.Vitals:
     """The series, cut into as many devices as asked for.
 
@@ -284,14 +326,22 @@ def load(config: Config) -> fs.data.Vitals:
     if len(calls) != 1:
         raise ValueError(f"--source takes one source; got {config.source!r}.")
     (call,) = calls
-    try:
-        vitals = fs.data.load_vitals(
-            call.name,
-            config.data_dir,
-            channels=config.channels,
-            skip_empty=config.skip_unusable,
-            **call.options,
+    own = {"data_dir": "--data-dir", "channels": "--channels"}
+    own |= {"skip_empty": "--skip-unusable"}
+    for option in own.keys() & call.options.keys():
+        raise ValueError(
+            f"--source {config.source}: {option} is no option of a source. Give "
+            f"{own[option]}."
         )
+    try:
+        with in_flags():
+            vitals = fs.data.load_vitals(
+                call.name,
+                config.data_dir,
+                channels=config.channels,
+                skip_empty=config.skip_unusable,
+                **call.options,
+            )
     except TypeError as error:
         raise ValueError(f"--source {config.source}: {error}") from None
     if config.devices is None:
@@ -309,32 +359,87 @@ def federate(config: Config, vitals: fs.data.Vitals) -> dict[str, SeriesFederati
         ValueError: a record that cannot be used, or a poisoned device that there is
             not.
     """
-    shares = {SAME: None, LATER: config.history}
-    federations = {
-        part: fs.data.federate_series(
-            vitals,
-            length=config.window,
-            train=config.train,
-            history=shares[part],
-            max_gap=config.max_gap,
-            calendar_features=config.calendar,
-            skip_unusable=config.skip_unusable,
-            root_size=config.root_size,
-            seed=config.seed,
-        )
-        for part in parts(config)
-    }
-    for part, found in federations.items():
-        count = len(found.devices)
-        wrong = [number for number in config.poisoned if not 1 <= number <= count]
-        if wrong:
-            raise ValueError(
-                f"--poisoned must be numbers of devices, from 1 to {count} in the part "
-                f"{part}; got {wrong[0]}."
+
+    def devices(vitals: fs.data.Vitals) -> dict[str, SeriesFederation]:
+        shares = {SAME: None, LATER: config.history}
+        return {
+            part: fs.data.federate_series(
+                vitals,
+                length=config.window,
+                train=config.train,
+                history=shares[part],
+                max_gap=config.max_gap,
+                calendar_features=config.calendar,
+                skip_unusable=config.skip_unusable,
+                root_size=config.root_size,
+                seed=config.seed,
             )
-        if num_poisoned(config, count) >= count:
-            raise ValueError("somebody must be honest: lower --poisoned.")
+            for part in parts(config)
+        }
+
+    with in_flags():
+        federations = devices(vitals)
+        # A device has one number in all parts, and so is there in all or in none.
+        left_out: dict[str, str] = {}
+        for found in federations.values():
+            left_out = {**found.left_out, **left_out}
+        kept = tuple(r for r in vitals.records if r.name not in left_out)
+        if len(kept) < len(vitals.records):
+            if not kept:
+                raise ValueError(
+                    f"no record of {vitals.name} can be used in every part of the "
+                    f"study: {' '.join(list(left_out.values())[:3])}"
+                )
+            federations = devices(vitals._replace(records=kept, left_out=left_out))
+        for found in federations.values():
+            num_held_out(int(found.history.mask.sum()), config.batch_size)
+    count = len(kept)
+    wrong = [number for number in config.poisoned if not 1 <= number <= count]
+    if wrong:
+        raise ValueError(
+            f"--poisoned must be numbers of devices, from 1 to {count}; got {wrong[0]}."
+        )
+    if num_poisoned(config, count) >= count:
+        raise ValueError("somebody must be honest: lower --poisoned.")
     return federations
+
+
+def check_reach(
+    config: Config,
+    federations: Mapping[str, SeriesFederation],
+    make_samples: MakeSamples,
+) -> str:
+    """What is to be said of devices that an attack leaves as they are.
+
+    Raises:
+        ValueError: they are the poisoned ones, or all.
+    """
+    remarks = []
+    for part, devices in federations.items():
+        everyone = range(1, len(devices.devices) + 1)
+        for text in config.attacks:
+            attack = specs.make_series_attack(text, len(devices.channels), len(STATES))
+            target = specs.parse(text)[0].options.get("target")
+            missed = fedsecure_detector.out_of_reach(
+                config, devices, make_samples, attack, target
+            )
+            poisoned = set(config.poisoned or everyone)
+            if poisoned & set(missed) if config.poisoned else poisoned <= set(missed):
+                first = min(poisoned & set(missed))
+                seen = "" if target is None else ", with the target as its label,"
+                count = devices.devices[first - 1].windows
+                raise ValueError(
+                    f"--attacks {text}: none of the {count} windows of device {first}"
+                    f"{seen} would change in the part {part}, so that nothing would be "
+                    "attacked. Let it begin earlier, choose other --poisoned, or "
+                    "shorten --window."
+                )
+            if missed:
+                remarks.append(
+                    f"{text} ({part}) would leave {len(missed)} of {len(everyone)} "
+                    "devices as they are, which are too short for it."
+                )
+    return " ".join(remarks)
 
 
 def num_poisoned(config: Config, num_devices: int) -> int:
@@ -436,6 +541,14 @@ def settings(config: Config) -> str:
     )
 
 
+def data_remark(vitals: fs.data.Vitals) -> str:
+    """Where the series come from."""
+    return (
+        f"Data: {vitals.source}; licence: {vitals.licence}; a sample every "
+        f"{vitals.interval:g} s."
+    )
+
+
 def run(config: Config, console: Console) -> runner.Result:
     """Checks everything, trains the detectors, runs or resumes, writes the results.
 
@@ -450,6 +563,7 @@ def run(config: Config, console: Console) -> runner.Result:
     vitals = load(config)
     federations = federate(config, vitals)
     make_samples = fs.data.windows(config.window)
+    reach = check_reach(config, federations, make_samples)
 
     def phases(trained: dict[str, Trained]) -> list[runner.Phase]:
         return [
@@ -467,15 +581,17 @@ def run(config: Config, console: Console) -> runner.Result:
         part: fedsecure_detector.untrained(config, devices)
         for part, devices in federations.items()
     }
-    runner.check_progress(config, phases(untrained))
+    with in_flags():
+        runner.check_progress(config, phases(untrained))
     with rundir.open_out(config, vitals.source):
         console.print(settings(config))
-        trained = {
-            part: fedsecure_detector.load_or_train(
-                config, part, devices, make_samples, console
-            )
-            for part, devices in federations.items()
-        }
+        with fedsecure_detector.or_nothing(config):
+            trained = {
+                part: fedsecure_detector.load_or_train(
+                    config, part, devices, make_samples, console
+                )
+                for part, devices in federations.items()
+            }
         result = runner.run_study(config, phases(trained), console)
         fedsecure_report.write(
             config,
@@ -487,6 +603,7 @@ def run(config: Config, console: Console) -> runner.Result:
             make_samples=make_samples,
             command=commandline.command(config, PRESETS[config.preset]),
             settings=settings(config),
+            remarks=[remark for remark in (data_remark(vitals), reach) if remark],
         )
     return result
 

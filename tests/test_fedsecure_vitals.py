@@ -1,6 +1,7 @@
 """The FedSecure study: from the command line to tables and plots."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -88,11 +89,11 @@ def test_what_is_saved_is_what_excluded_devices_would_have_sent(finished):
     assert size == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     table = fedsecure_report.run_table(config, by_cell(finished), "same", size)
     for row in table.rows:
-        if not row[0].startswith(("Run 6", "FedSecure")):
+        if not row[0].startswith("Run 6"):
             assert row[-3:] == ("", "", "")
             continue
         attack = row[0].removeprefix("Run 6, FedSecure: ")
-        attack = specs.NO_ATTACK if attack.startswith("FedSecure") else attack
+        attack = specs.NO_ATTACK if attack == "no poisoning" else attack
         history = by_cell(finished)[Cell("same", attack, "fedsecure")]
         gone = 0
         for r, i in np.ndindex(2, 4):
@@ -100,7 +101,7 @@ def test_what_is_saved_is_what_excluded_devices_would_have_sent(finished):
                 gone += 1
                 assert history.weights[r, i] == 0
                 assert history.defense["samples"][r, i] == 0
-        assert row[-1] == f"{size * gone / 1e6:.2f} MB ({100 * gone / 8:.0f} %)"
+        assert row[-1] == f"{size * gone / 1e3:.1f} kB ({100 * gone / 8:.0f} %)"
 
 
 def devices_of(config, part="same"):
@@ -187,11 +188,14 @@ def test_every_system_of_a_preset_has_a_name_of_its_own():
 
 
 def test_the_names_of_the_paper_s_runs():
-    name = fedsecure_report.run_name
+    attacks = ("pattern_scaling(scale=2)", "repeated_pattern(target=0)", "mine.noise")
+    name = functools.partial(fedsecure_report.run_name, attacks=attacks)
     assert name("none", "fedavg") == "Run 1, no poisoning"
-    assert name("pattern_scaling(scale=2)", "fedavg").startswith("Run 3")
-    assert name("repeated_pattern(target=0)", "fedavg") == "repeated_pattern(target=0)"
-    assert name("gradual_pattern", "fedsecure") == "Run 6, FedSecure: gradual_pattern"
+    assert name(attacks[0], "fedavg") == "Run 3, data poisoning 2"
+    assert name(attacks[1], "fedavg") == attacks[1]
+    assert name(attacks[2], "fedavg") == attacks[2]
+    assert name(attacks[0], "fedsecure") == f"Run 6, FedSecure: {attacks[0]}"
+    assert name("none", "fedsecure+median") == "fedsecure+median: no poisoning"
 
 
 @pytest.mark.parametrize(
@@ -222,9 +226,13 @@ def test_the_names_of_the_paper_s_runs():
         (["--source", "csv"], "path"),
         (["--channels", "pulse_rate"], "pulse"),
         (["--root-size", "-1"], "must not be negative"),
-        (["--root-size", "100000"], "root_size=100000"),
+        (["--root-size", "100000"], "^--root-size 100000, but .* Lower --root-size.$"),
         (["--history", "0.5", "--later-defenses", "krum"], "--later-defenses"),
-        (["--batch-size", "300"], "batch_size=300"),
+        (
+            ["--batch-size", "300"],
+            "^--batch-size 300 is larger .* Lower --batch-size to",
+        ),
+        (["--batch-size", "500"], "on, with --batch-size 500. Lower --batch-size, sho"),
         (["--seed", "-1"], "--seed"),
     ],
 )

@@ -1,7 +1,7 @@
 """FedSecure: a device whose own series looks poisoned stays out of the round."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from fedjax_sim.client_defenses.reference_model import (
 )
 from fedjax_sim.registry import check_count, check_number, check_type, require
 from fedjax_sim.types import (
+    AnyArray,
     Array,
     ClientData,
     ClientDefense,
@@ -235,6 +236,16 @@ def screen(detector: Detector, data: ClientData, scale: Scale) -> tuple[Array, A
     return anomaly_scores(detector, errors, scale), errors
 
 
+def too_many(flagged_share: AnyArray, max_flagged: float) -> Any:
+    """Whether a device with this share of flagged windows stays out.
+
+    Example:
+        >>> too_many(jnp.array([0.1, 0.11]), 0.1).tolist()
+        [False, True]
+    """
+    return flagged_share > max_flagged * (1.0 + _ROUNDING)
+
+
 def judge(
     scores: Array, errors: Array, mask: Array, threshold: Array, max_flagged: float
 ) -> Screening:
@@ -258,7 +269,7 @@ def judge(
     # Where there is none, both ends are the same window.
     first, last = jnp.argmax(mask), len(mask) - 1 - jnp.argmax(mask[::-1])
     return Screening(
-        excluded=share > max_flagged * (1.0 + _ROUNDING),
+        excluded=too_many(share, max_flagged),
         flagged_share=share,
         score=jnp.where(mask, scores, 0.0).sum() / count,
         error=jnp.where(mask, errors, 0.0).sum() / count,

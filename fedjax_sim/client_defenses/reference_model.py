@@ -287,6 +287,27 @@ def error_limits(errors: Array, device: Array, num_devices: int) -> Array:
     return jnp.exp(jax.vmap(one)(jnp.arange(num_devices)))
 
 
+def num_held_out(num_windows: int, batch_size: int) -> int:
+    """How many windows ``train_detector`` keeps for validation.
+
+    Raises:
+        ValueError: too few are left for a batch.
+
+    Example:
+        >>> num_held_out(100, batch_size=32)
+        20
+    """
+    held = round(HELD_OUT * num_windows)
+    left = num_windows - held
+    if held < 1 or left < max(batch_size, FOLDS):
+        raise ValueError(
+            f"train_detector needs more windows: {num_windows} leave {left} to train "
+            f"on, with batch_size={batch_size}. Lower batch_size, shorten the windows "
+            "or give more of the series."
+        )
+    return held
+
+
 def train_detector(
     key: Array,
     windows: AnyArray,
@@ -382,13 +403,7 @@ def train_detector(
         )
     split_key, net_key, fit_key, fold_key, final_key = jax.random.split(key, 5)
     order = jax.random.permutation(split_key, len(x))
-    held = round(HELD_OUT * len(x))
-    if held < 1 or len(x) - held < max(batch_size, FOLDS):
-        raise ValueError(
-            f"train_detector needs more windows: {len(x)} leave {len(x) - held} to "
-            f"train on, with batch_size={batch_size}. Lower batch_size, shorten the "
-            "windows or give more of the series."
-        )
+    held = num_held_out(len(x), batch_size)
     val, train = x[order[:held]], x[order[held:]]
     params, curves = _fit_autoencoder(
         net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate
