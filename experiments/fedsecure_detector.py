@@ -214,8 +214,9 @@ def _reached(
     def one(both: tuple[ClientData, ClientData]) -> jax.Array:
         before, after = map(make_samples, both)
         changed = (before.inputs != after.inputs).any(axis=(1, 2))
-        wanted = (target < 0) | (after.targets == target)
-        return (after.valid & changed & wanted).any()
+        either = changed | (before.targets != after.targets)
+        backdoor = changed & (after.targets == target)
+        return (after.valid & jnp.where(target < 0, either, backdoor)).any()
 
     return jax.lax.map(one, (clean, poisoned))
 

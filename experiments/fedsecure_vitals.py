@@ -385,11 +385,6 @@ def federate(config: Config, vitals: fs.data.Vitals) -> dict[str, SeriesFederati
             left_out = {**found.left_out, **left_out}
         kept = tuple(r for r in vitals.records if r.name not in left_out)
         if len(kept) < len(vitals.records):
-            if not kept:
-                raise ValueError(
-                    f"no record of {vitals.name} can be used in every part of the "
-                    f"study: {' '.join(list(left_out.values())[:3])}"
-                )
             federations = devices(vitals._replace(records=kept, left_out=left_out))
         for found in federations.values():
             num_held_out(int(found.history.mask.sum()), config.batch_size)

@@ -1,11 +1,13 @@
 """The FedSecure study: from the command line to tables and plots."""
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,9 +20,11 @@ from experiments import (
     fedsecure_plots,
     fedsecure_report,
     fedsecure_vitals,
+    rundir,
     specs,
 )
 from experiments.fedsecure_vitals import PRESETS, Cell, Config, cells, parse
+from experiments.results import config_key
 
 ATTACKS = ("pattern_scaling(scale=6)", "repeated_pattern(target=0)")
 TINY = (
@@ -56,6 +60,10 @@ def test_a_run_writes_its_tables_plots_and_records(finished):
         assert f"## {title}" in text
     assert "the paper's table I" in text
     assert "later" not in text.split("## Devices")[1]
+    assert "Data: generated: 4 patients, 200 minutes, seed 0" in text
+    assert "a sample every 60 s" in text
+    assert "Poisoned: 2 (generated_001). Every record could be used." in text
+    assert "Mean of the last 2 evaluations." in text
     assert "python -m experiments.fedsecure_vitals --preset demo" in text
     for name in ("reference_model", "classifier", "runs", "scores", "strengths"):
         png = (config.out / f"same_{name}.png").read_bytes()
@@ -150,7 +158,16 @@ def test_a_damaged_detector_is_trained_again(finished, tmp_path):
     console.file.close()
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    blank = fedsecure_detector.untrained(config, devices)
+    blank, key = fedsecure_detector.untrained(config, devices), config_key(config)
+    path = tmp_path / "detector-same.npz"
+    assert fedsecure_detector._load(path, blank, key) is not None
+    assert fedsecure_detector._load(path, blank, "other") is None
+    wider = dataclasses.replace(config, detector_hidden=5)
+    wide = fedsecure_detector.untrained(wider, devices)
+    assert fedsecure_detector._load(path, wide, key) is None
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert fedsecure_detector._load(path, blank, key) is None
     for a, b in zip(jax.tree.leaves(first.detector), jax.tree.leaves(blank.detector)):
         assert a.shape == b.shape
 
@@ -202,6 +219,11 @@ def test_the_names_of_the_paper_s_runs():
     ("options", "message"),
     [
         (["--attacks", "none"], "always there"),
+        (["--attacks", "variability(sd=2)", "variability( sd=2 )"], "has one twice"),
+        (["--defenses", "fedsecure", "fedsecure()"], "--defenses has one twice"),
+        (["--attacks", "gradual_pattern(start=200)"], "at least 201 steps"),
+        (["--attacks", "gradual_pattern(start=61)"], "at least 62 steps .* got 60"),
+        (["--source", "generated(data_dir='x')"], "Give --data-dir"),
         (["--attacks", "variabilty"], "Did you mean 'variability'"),
         (["--attacks", "variability(strength=2)"], "Its options"),
         (["--attacks", "repeated_pattern(target=3)"], "a class from 0 to 2"),
@@ -241,6 +263,164 @@ def test_bad_options_are_refused_before_any_training(options, message, tmp_path)
     with pytest.raises(ValueError, match=message):
         play(config)
     assert not (tmp_path / "out").exists()
+
+
+def patients(*lengths, flat=()):
+    """Wandering heart rates; the first third of those that are ``flat`` does not."""
+    rng, records = np.random.default_rng(0), []
+    for i, steps in enumerate(lengths):
+        values = 80 + rng.normal(size=(steps, 2)).cumsum(axis=0)
+        if i in flat:
+            values[: steps // 3] = 80
+        start = datetime.datetime(2101, 1, 1)
+        records.append(fs.data.Record(f"r{i}", f"p{i}", start, np.float32(values)))
+    channels = ("heart_rate", "respiration_rate")
+    return fs.data.Vitals("hand", tuple(records), channels, 60.0, "test", "none")
+
+
+def test_a_device_is_in_all_parts_or_in_none():
+    """Of record r1 the history is flat, and the whole training stretch is not."""
+    config = dataclasses.replace(parse([*TINY]), history=0.4, poisoned=(2,))
+    vitals = patients(200, 200, 200, 200, flat=[1])
+    with pytest.raises(ValueError, match=r"r1 is flat: .* Leave it out with --skip-un"):
+        fedsecure_vitals.federate(config, vitals)
+    config = dataclasses.replace(config, skip_unusable=True)
+    found = fedsecure_vitals.federate(config, vitals)
+    assert list(found) == ["same", "later"]
+    for devices in found.values():
+        assert [device.name for device in devices.devices] == ["r0", "r2", "r3"]
+        assert list(devices.left_out) == ["r1"]
+        note = fedsecure_report._who(config, devices)
+        assert note.startswith(
+            "Poisoned: 2 (r2). Left out (1): heart_rate of r1 is flat"
+        )
+    bare = vitals._replace(
+        records=tuple(r._replace(start=None) for r in vitals.records)
+    )
+    with pytest.raises(
+        ValueError, match=r"no hour, day and weekday. Add --no-calendar"
+    ):
+        fedsecure_vitals.federate(config, bare)
+    alone = dataclasses.replace(config, history=0.0)
+    assert len(fedsecure_vitals.federate(alone, vitals)["same"].devices) == 4
+    with pytest.raises(ValueError, match=r"none of the 2 records .* r0 is .*; .* r1"):
+        fedsecure_vitals.federate(config, patients(200, 200, flat=[0, 1]))
+    with pytest.raises(ValueError, match="from 1 to 3; got 4"):
+        fedsecure_vitals.federate(dataclasses.replace(config, poisoned=(4,)), vitals)
+
+
+def test_an_attack_that_reaches_nobody():
+    """Device 2 trains on 70 steps, and device 1 on 140."""
+    late = "gradual_pattern(start=80, ramp=10)"
+    backdoor = "repeated_pattern(target=0, offset=69, period=99, length=8)"
+    config = dataclasses.replace(
+        parse([*TINY]), devices=2, poisoned=(1,), attacks=(late, backdoor)
+    )
+    found = fedsecure_vitals.federate(config, patients(200, 100))
+    make = fs.data.windows(config.window)
+    remark = fedsecure_vitals.check_reach(config, found, make)
+    assert f"{late} (same) would leave 1 of 2 devices as they are" in remark
+    assert f"{backdoor} (same) would leave 1 of 2" in remark
+    early = dataclasses.replace(config, attacks=("variability", "repeated_pattern"))
+    assert not fedsecure_vitals.check_reach(early, found, make)
+    for attack in (late, backdoor):
+        other = dataclasses.replace(config, poisoned=(2,), attacks=(attack,))
+        with pytest.raises(ValueError, match="none of the 62 windows of device 2"):
+            fedsecure_vitals.check_reach(other, found, make)
+        # Of those that are drawn it is enough that it reaches some.
+        drawn = dataclasses.replace(other, poisoned=())
+        assert fedsecure_vitals.check_reach(drawn, found, make)
+
+
+def test_what_failed_is_not_in_the_way(tmp_path, monkeypatch):
+    config = parse([*TINY, "--out", str(tmp_path / "out")])
+    config = dataclasses.replace(config, attacks=ATTACKS[:1])
+
+    def failed(*args, **options):
+        raise ValueError("the reference model diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs.client_defenses, "train_detector", failed)
+        with pytest.raises(ValueError, match="diverged"):
+            play(config)
+    assert list(config.out.iterdir()) == []
+    rundir.check_out(config)
+
+
+def test_strengths_keep_the_other_options(monkeypatch):
+    config = dataclasses.replace(
+        parse([*TINY]),
+        attacks=(
+            *("variability(amplitude=1, fraction=0.5)", "gradual_pattern(ramp=5)"),
+            *("repeated_pattern(target=0, period=30, length=4)", "gradual_pattern"),
+            *("repeated_pattern(period=30, length=4)", "repeated_pattern"),
+            "repeated_pattern(pattern=[[1, 1]])",
+        ),
+    )
+    asked = []
+
+    def screened(config, devices, trained, make_samples, attack):
+        return SimpleNamespace(flagged=np.full(4, len(asked) / 100))
+
+    monkeypatch.setattr(fedsecure_report, "screen_devices", screened)
+    monkeypatch.setattr(specs, "make_series_attack", lambda *a: asked.append(a[0]))
+    found = fedsecure_report.strengths(config, devices_of(config), None, None)
+    assert list(found) == [
+        "variability(fraction=0.5): amplitude",
+        "gradual_pattern(ramp=5): amplitude",
+        "repeated_pattern(period=30, length=4): height",
+        "gradual_pattern: amplitude",
+        "repeated_pattern: height",
+    ]
+    assert asked[0] == "variability(fraction=0.5, amplitude=0.25)"
+    four = [[2.0, 2.0]] * 4
+    assert asked[11] == f"repeated_pattern(period=30, pattern={four})"
+    assert asked[-1] == f"repeated_pattern(pattern={[[6.0, 6.0]] * 10})"
+    strengths, shares = found["gradual_pattern(ramp=5): amplitude"]
+    assert strengths == [0.0, 0.5, 1, 2, 4, 8]
+    np.testing.assert_allclose(shares[:, 0], [0.0, 0.06, 0.07, 0.08, 0.09, 0.1])
+
+
+def test_rounds_without_anybody_are_named(finished):
+    config, _ = finished
+    found = by_cell(finished)
+    cell = Cell("same", ATTACKS[0], "fedsecure")
+    for idle, mark in (
+        ([True, True], " (idle 100 %)"),
+        ([False, True], " (idle 50 %)"),
+    ):
+        history = found[cell]._replace(no_aggregate=np.array(idle))
+        changed = {**found, cell: history}
+        table = fedsecure_report.defense_table(config, changed, "same")
+        marked = [cell for row in table.rows for cell in row if "idle" in cell]
+        assert [text[5:] for text in marked] == [mark]
+        runs = fedsecure_report.run_table(config, changed, "same", 9)
+        assert [row[0] for row in runs.rows if "idle" in row[1]] == [
+            f"Run 6, FedSecure: {ATTACKS[0]}"
+        ]
+
+
+def test_several_seeds_are_averaged(finished):
+    config, _ = finished
+    found = by_cell(finished)
+    cell = Cell("same", ATTACKS[0], "fedsecure")
+    one = found[cell]
+    nobody = {**one.defense, "excluded": np.zeros((2, 4), bool)}
+    some = {**nobody, "excluded": np.array([[False, True, True, False]] * 2)}
+    seeds = [one._replace(defense=nobody), one._replace(defense=some)]
+    both = jax.tree.map(lambda *x: np.stack(x), *seeds)
+    history = {**found, cell: both}
+    table = fedsecure_report.run_table(config, history, "same", 1000)
+    (row,) = [row for row in table.rows if row[0].endswith(f"FedSecure: {ATTACKS[0]}")]
+    assert row[-3:] == ("50 ± 71 %", "17 ± 24 %", "2.0 ± 2.8 kB (25 ± 35 %)")
+
+
+def test_defenses_of_other_limits_have_a_row(finished):
+    config, _ = finished
+    history = next(h for h in by_cell(finished).values() if h.defense)
+    names = ("fedsecure", "fedsecure(max_flagged=0)", "fedsecure+median")
+    cells_of = {Cell("same", "none", name): history for name in names}
+    assert fedsecure_report.limits(config, cells_of) == [0.1, 0]
 
 
 def test_a_damaged_table_is_refused_before_any_training(tmp_path):

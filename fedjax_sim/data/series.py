@@ -367,9 +367,12 @@ def federate_series(
         parts.append(stretches)
         devices.append(device)
     if not devices:
+        # What is to be done about each comes after the first sentence.
+        reasons = [why.partition(". ")[0] for why in left_out.values()]
         raise ValueError(
-            f"none of the {len(vitals.records)} records of {vitals.name} can be used. "
-            + " ".join(list(left_out.values())[:3])
+            f"none of the {len(vitals.records)} records of {vitals.name} can be used: "
+            f"{'; '.join(reasons[:3])}. Load others, or change the stretches, windows "
+            "and gaps."
         )
     inputs = np.concatenate(pools)
     labels = np.asarray(states(jnp.asarray(inputs), edges))
