@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import results
+from experiments import results, runner
 from fedjax_sim.client_defenses.fedsecure import Calibration, Scale, screen
 from fedjax_sim.client_defenses.reference_model import Detector, Fold, Training
 from fedjax_sim.data.series import SeriesFederation
@@ -90,15 +90,27 @@ def load_or_train(
         f"{len(devices.devices)} devices, {config.detector_epochs} epochs"
     )
     start = time.perf_counter()
-    detector, training = fs.client_defenses.train_detector(
-        jax.random.key(config.seed),
-        windows,
-        device,
-        hidden=config.detector_hidden,
-        epochs=config.detector_epochs,
-        batch_size=config.batch_size,
-        layers=LAYERS,
-    )
+    with runner.progress_bar(console) as progress:
+        task = progress.add_task("epochs", total=config.detector_epochs)
+
+        def on_epoch(number: int, loss: float, held_out: float) -> None:
+            losses = f"loss {loss:.5f}, held out {held_out:.5f}"
+            progress.update(task, completed=number, description=f"epochs, {losses}")
+            if number % max(1, config.detector_epochs // 5) == 0:
+                progress.console.print(
+                    f"{part}: epoch {number}/{config.detector_epochs}, {losses}"
+                )
+
+        detector, training = fs.client_defenses.train_detector(
+            jax.random.key(config.seed),
+            windows,
+            device,
+            hidden=config.detector_hidden,
+            epochs=config.detector_epochs,
+            batch_size=config.batch_size,
+            layers=LAYERS,
+            on_epoch=on_epoch,
+        )
     own = fs.client_defenses.calibrate(detector, devices.history, make_samples)
     found = Trained(detector, own, training)
     console.print(

@@ -46,7 +46,12 @@ from fedjax_sim.registry import check_number
 from fedjax_sim.types import MakeSamples
 
 SAME, LATER = "same", "later"
-FEDSECURE = "fedsecure"
+PAPER_ATTACKS = (
+    "variability(amplitude=1)",
+    "pattern_scaling(scale=2)",
+    "gradual_pattern",
+    "repeated_pattern",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +140,7 @@ class Config:
     #: measured: windows that end in the pattern are labelled as that state (0 low, 1
     #: usual, 2 high).
     attacks: tuple[str, ...] = (
-        "variability(amplitude=1)",
-        "pattern_scaling(scale=2)",
-        "gradual_pattern",
-        "repeated_pattern",
+        *PAPER_ATTACKS,
         "repeated_pattern(target=0, period=30)",
     )
     #: Defenses besides none (fedavg): fedsecure, any aggregator of the README's table,
@@ -163,6 +165,7 @@ PRESETS: dict[str, Config] = {
         out=Path("runs/fedsecure_generated"),
         defenses=("fedsecure",),
         later_defenses=("fedsecure",),
+        attacks=PAPER_ATTACKS,
     ),
     "many": Config(
         preset="many",
@@ -187,12 +190,7 @@ PRESETS: dict[str, Config] = {
         detector_epochs=20,
         defenses=("fedsecure", "fedsecure+dual_system"),
         later_defenses=("fedsecure",),
-        attacks=(
-            "variability(amplitude=1)",
-            "pattern_scaling(scale=2)",
-            "gradual_pattern",
-            "repeated_pattern",
-        ),
+        attacks=PAPER_ATTACKS,
     ),
 }
 

@@ -5,7 +5,7 @@ classifier turns the error of a window into a score from 0 to 1. Both are traine
 server on clean windows before the federated run, and then handed to every device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from fedjax_sim.types import AnyArray, Array, PyTree
 # A share of the windows, drawn at random, that the reference model is not trained on.
 HELD_OUT = 0.2
 FOLDS = 5
+OnEpoch = Callable[[int, float, float], None]
 DIVERGED = 10.0  # times the error of rebuilding every window as 0
 # Errors that are all alike have none.
 _LEAST_SPREAD = 1e-6
@@ -319,6 +320,7 @@ def train_detector(
     learning_rate: float = 1e-3,
     layers: Sequence[int] = (32, 16),
     classifier_epochs: int = 500,
+    on_epoch: OnEpoch | None = None,
 ) -> tuple[Detector, Training]:
     """Trains the reference model, then the classifier on its errors.
 
@@ -345,6 +347,8 @@ def train_detector(
         learning_rate: of both.
         layers: widths of the classifier's hidden layers.
         classifier_epochs: its steps.
+        on_epoch: called after each of the reference model's epochs with its number,
+            from 1, and the losses of the windows trained on and of those held out.
 
     Returns:
         The ``Detector``, and the ``Training`` as NumPy arrays. Its accuracies are the
@@ -406,7 +410,8 @@ def train_detector(
     held = num_held_out(len(x), batch_size)
     val, train = x[order[:held]], x[order[held:]]
     params, curves = _fit_autoencoder(
-        net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate
+        *(net_key, fit_key, train, val, hidden, epochs, batch_size, learning_rate),
+        on_epoch,
     )
     errors = jax.jit(window_errors)(Detector(params, (), jnp.zeros(())), x)
     worst = float(errors.max())
@@ -465,7 +470,7 @@ def train_detector(
         )
     shown = val[:1]
     training = Training(
-        **{name: np.asarray(curve) for name, curve in curves.items()},
+        **curves,
         errors=np.asarray(errors),
         labels=np.asarray(labels),
         limits=np.asarray(limits),
@@ -486,8 +491,9 @@ def _fit_autoencoder(
     epochs: int,
     batch_size: int,
     learning_rate: float,
-) -> tuple[PyTree, dict[str, Array]]:
-    """Parameters, and losses and accuracies of the ``epochs``: one compiled scan."""
+    on_epoch: OnEpoch | None,
+) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """Parameters, and losses and accuracies of the ``epochs``, one program for each."""
     net, optimizer = Autoencoder(hidden), optax.adam(learning_rate)
     steps = len(train) // batch_size
 
@@ -505,7 +511,10 @@ def _fit_autoencoder(
         loss, same = in_batches(batch, windows).mean(axis=0)
         return loss, same
 
-    def epoch(carry: PyTree, key: Array) -> tuple[PyTree, dict[str, Array]]:
+    @jax.jit
+    def epoch(
+        carry: PyTree, key: Array, train: Array, val: Array
+    ) -> tuple[PyTree, dict[str, Array]]:
         order = jax.random.permutation(key, len(train))[: steps * batch_size]
 
         def step(carry: PyTree, rows: Array) -> tuple[PyTree, None]:
@@ -521,13 +530,14 @@ def _fit_autoencoder(
             found |= {f"{name}_loss": loss, f"{name}_accuracy": same}
         return carry, found
 
-    @jax.jit
-    def run(params: PyTree) -> tuple[PyTree, dict[str, Array]]:
-        carry = params, optimizer.init(params)
-        (params, _), curves = jax.lax.scan(epoch, carry, jax.random.split(key, epochs))
-        return params, curves
-
-    return run(jax.jit(net.init)(net_key, train[:1])["params"])
+    params = jax.jit(net.init)(net_key, train[:1])["params"]
+    carry, curves = (params, optimizer.init(params)), []
+    for number, own in enumerate(jax.random.split(key, epochs), start=1):
+        carry, found = epoch(carry, own, train, val)
+        curves.append(jax.tree.map(np.asarray, found))
+        if on_epoch is not None:
+            on_epoch(number, *(float(found[f"{n}_loss"]) for n in ("train", "val")))
+    return carry[0], {name: np.stack([c[name] for c in curves]) for name in curves[0]}
 
 
 def _fit_classifier(

@@ -246,6 +246,22 @@ def test_it_follows_from_the_key():
     assert not np.array_equal(trained()[1].errors, trained(1)[1].errors)
 
 
+def test_every_epoch_is_told():
+    told = []
+    again = train_detector(
+        jax.random.key(0),
+        *make_windows(),
+        **SETTINGS,
+        on_epoch=lambda *values: told.append(values),
+    )
+    jax.tree.map(np.testing.assert_array_equal, trained(), again)
+    curves = trained()[1]
+    numbers, losses, held_out = zip(*told)
+    assert list(numbers) == list(range(1, SETTINGS["epochs"] + 1))
+    np.testing.assert_array_equal(np.float32(losses), curves.train_loss)
+    np.testing.assert_array_equal(np.float32(held_out), curves.val_loss)
+
+
 def test_windows_in_batches(monkeypatch):
     x, (detector, training) = make_windows()[0], trained()
     for size in (7, S, S + 1):
