@@ -77,7 +77,8 @@ def load_or_train(
     """The detector of a part: as it was kept in the run's folder, else trained anew.
 
     Raises:
-        ValueError: too few windows, or the training diverged.
+        ValueError: too few windows, none of which stands out, or a training that
+            diverged or taught nothing.
     """
     path, key = config.out / f"detector-{part}.npz", results.config_key(config)
     kept = _load(path, untrained(config, devices), key)
@@ -187,7 +188,7 @@ def screen_devices(
 def _data(
     config: Any, devices: SeriesFederation, attack: DataAttack | None
 ) -> ClientData:
-    """What each device trains on if it is the poisoned one."""
+    """What each device would train on if it were poisoned; clean without an attack."""
     ids = jnp.arange(len(devices.devices))
     data = devices.clients.gather(ids)
     if attack is None:

@@ -1,6 +1,9 @@
 """What a run of the FedSecure study says at its end: tables, figures, summary.md."""
 
+import csv
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -103,6 +106,7 @@ def write(
         part: screen_all(config, devices, trained[part], make_samples)
         for part, devices in federations.items()
     }
+    write_devices(config.out / "devices.csv", federations)
     tables: dict[str, tuple[fs.report.Table, str]] = {
         f"Devices: {part}": (device_table(devices), _who(config, devices))
         for part, devices in federations.items()
@@ -149,7 +153,8 @@ def write(
         plots[f"{part}_scores"] = _score_plot(
             config, by_cell, part, trained[part], screened[part]
         )
-        swept = strengths(config, devices, trained[part], make_samples)
+        clean = screened[part][specs.NO_ATTACK].flagged
+        swept = strengths(config, devices, trained[part], make_samples, clean)
         if swept:
             plots[f"{part}_strengths"] = fedsecure_plots.strength_plot(
                 swept, config.max_flagged
@@ -224,8 +229,33 @@ def _who(config: Any, devices: SeriesFederation) -> str:
     left_out = "Every record could be used."
     if found:
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        more += " (devices.csv has all)" if more else ""
         left_out = f"Left out ({len(found)}): {'; '.join(found[:5])}{more}."
     return f"Poisoned: {poisoned} {left_out}"
+
+
+def write_devices(path: Path, federations: Mapping[str, SeriesFederation]) -> None:
+    """``devices.csv``: a row for every device of a part, and every record left out."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        names = ("missing", "filled", "mean", "sd")
+        first = next(iter(federations.values()))
+        each = [f"{name}_{c}" for name in names for c in first.channels]
+        counts = ("steps", "windows", "test_windows")
+        writer.writerow(
+            ["part", "device", "name", "patient", *counts, *each, "left_out"]
+        )
+        for part, devices in federations.items():
+            for number, device in enumerate(devices.devices, start=1):
+                own = [x for name in names for x in getattr(device, name)]
+                sizes = [getattr(device, name) for name in counts]
+                row = [part, number, device.name, device.patient, *sizes, *own, ""]
+                writer.writerow(row)
+            blank = [""] * (1 + len(counts) + len(each))
+            for name, why in devices.left_out.items():
+                writer.writerow([part, "", name, *blank, why])
+    os.replace(temporary, path)
 
 
 def device_table(devices: SeriesFederation) -> fs.report.Table:
@@ -524,11 +554,17 @@ def screening_table(
 
 
 def strengths(
-    config: Any, devices: SeriesFederation, trained: Trained, make_samples: MakeSamples
+    config: Any,
+    devices: SeriesFederation,
+    trained: Trained,
+    make_samples: MakeSamples,
+    clean: np.ndarray,
 ) -> dict[str, tuple[list[float], np.ndarray]]:
-    """Flagged shares ``[S, N]`` of every attack of the run, at several strengths."""
+    """Flagged shares ``[S, N]`` of every attack of the run, at several strengths.
+
+    The first is that of the ``clean`` series.
+    """
     channels, classes = len(devices.channels), len(devices.edges) + 1
-    clean = screen_devices(config, devices, trained, make_samples, None).flagged
     found = {}
     for text in config.attacks:
         (call,) = specs.parse(text)

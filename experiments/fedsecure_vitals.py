@@ -2,13 +2,15 @@
 
 Each device holds one patient's heart rate and respiration rate, a sample a minute, and
 trains a small BiLSTM to tell the state of the heart rate (low, usual or high for that
-patient) in the next minute. One device's series is poisoned. With FedSecure every
+device) in the next minute. One device's series is poisoned. With FedSecure every
 device rebuilds its windows by a reference model, a classifier scores the errors, and a
 device with too many scores above its own threshold stays out. The study has two parts:
   same   the reference model is trained, and thresholds are set, on the series that the
          devices then train on, before it is poisoned: the paper's six runs.
   later  on an earlier stretch, as it would be in use; --history 0 leaves it out.
-Both also hold FedSecure against rules of the server, alone and together with them.
+
+The first part also holds FedSecure against rules of the server; in both FedSecure also
+comes before one.
 
 Presets:
   paper      two long MIMIC records cut into five devices (default): some minutes.
@@ -46,6 +48,7 @@ from fedjax_sim.registry import check_number
 from fedjax_sim.types import MakeSamples
 
 SAME, LATER = "same", "later"
+FEDSECURE = "fedsecure"
 PAPER_ATTACKS = (
     "variability(amplitude=1)",
     "pattern_scaling(scale=2)",
@@ -67,8 +70,8 @@ class Config:
     #: table: "csv(path='vitals.csv', patient='subject', heart_rate='HR')". Options as
     #: in fedjax_sim.data.load_vitals.
     source: str = (
-        "mimic_numerics(records=['s00001/s00001-2896-10-10-00-31n', "
-        "'p000020/p000020-2183-04-28-17-47n'])"
+        'mimic_numerics(records=["s00001/s00001-2896-10-10-00-31n", '
+        '"p000020/p000020-2183-04-28-17-47n"])'
     )
     #: Measured channels; states are those of the first.
     channels: tuple[str, ...] = ("heart_rate", "respiration_rate")
@@ -91,7 +94,7 @@ class Config:
     num_seeds: int = 1
 
     #: Number of devices: the longest records are cut into pieces disjoint in time until
-    #: there are so many. Default: one for each record.
+    #: there are so many. None: one for each record.
     devices: int | None = 5
     #: Leave out records that cannot be used (flat, or without a whole window), and say
     #: so, instead of stopping.
@@ -101,11 +104,12 @@ class Config:
     #: Share of a device's time to train on; it is tested on the rest.
     train: float = 0.7
     #: Of the part later: share of the training time for the detector; devices train on
-    #: the rest of it. 0 leaves the part out.
+    #: the rest of it. 0 leaves the part out. A record that one part cannot use is left
+    #: out of both.
     history: float = 0.5
     #: Samples of a gap that is filled in by a straight line.
     max_gap: int = 5
-    #: Whether hour, day and weekday follow the channels.
+    #: Hour, day and weekday as columns beside the channels, or without them.
     calendar: bool = True
     #: Clean windows of the server, for rules that need a root dataset; out of those
     #: that the detector is trained on.
@@ -132,7 +136,8 @@ class Config:
     #: Share of its windows above which a device stays out.
     max_flagged: float = 0.1
 
-    #: Numbers of the poisoned devices, from 1; none to draw --attackers of them.
+    #: Numbers of the poisoned devices, from 1. The flag without a number: --attackers
+    #: of them are drawn.
     poisoned: tuple[int, ...] = (2,)
     #: Where --poisoned is empty: share of the devices that are poisoned, in (0, 1).
     attackers: float = 0.2
@@ -252,7 +257,10 @@ def check(config: Config) -> None:
     check_number("--history", config.history, 0, 1, "[)")
     check_number("--max-flagged", config.max_flagged, 0, 1, "[)")
     if config.root_size < 0 or config.max_gap < 0:
-        raise ValueError("--root-size and --max-gap must not be negative.")
+        raise ValueError(
+            "--root-size and --max-gap must not be negative; got "
+            f"{config.root_size} and {config.max_gap}."
+        )
     for flag in ("attacks", "defenses", "channels"):
         values = getattr(config, flag)
         if not values or len(set(values)) < len(values):
@@ -272,6 +280,13 @@ def check(config: Config) -> None:
         raise ValueError(
             "--attacks none: runs without an attack are always there. Drop it."
         )
+    for text in config.defenses:
+        name = specs.parse(text)[0].name
+        if name in fs.client_defenses.CLIENT_DEFENSES and name != FEDSECURE:
+            raise ValueError(
+                f"--defenses {text}: {name} leaves out samples, and not devices, by "
+                "features of images. Here clients take fedsecure."
+            )
     unknown = set(config.later_defenses) - set(config.defenses)
     if config.history and unknown:
         raise ValueError(
@@ -292,6 +307,15 @@ FLAGS = {
     "Lower flat, or leave the record out.": "Leave it out with --skip-unusable.",
     "Shorten the windows, fill longer gaps, or leave it out.": "Shorten the windows "
     "(--window), fill longer gaps (--max-gap), or leave it out (--skip-unusable).",
+    "or change the stretches, windows and gaps.": "or change --train, --history, "
+    "--window or --max-gap.",
+    "Choose fewer records, or another number.": "Choose fewer records in --source, "
+    "another number, or --devices None for one a record.",
+    "Lower learning_rate (0.001).": "Give it other or longer series.",
+    "Raise classifier_epochs (500) or learning_rate (0.001).": "Give more of the "
+    "series, or raise --detector-epochs.",
+    "Train the classifier for longer, or lower k, percentile, low or high.": "Give "
+    "more of the series, or raise --detector-epochs.",
     "root_size=": "--root-size ",
     "Lower root_size.": "Lower --root-size.",
     "batch_size=": "--batch-size ",
@@ -345,7 +369,8 @@ def load(config: Config) -> fs.data.Vitals:
     if config.devices is None:
         return vitals
     try:
-        return fs.data.cut(vitals, config.devices)
+        with in_flags():
+            return fs.data.cut(vitals, config.devices)
     except ValueError as error:
         raise ValueError(f"--devices: {error}") from None
 
@@ -354,8 +379,8 @@ def federate(config: Config, vitals: fs.data.Vitals) -> dict[str, SeriesFederati
     """The devices of every part.
 
     Raises:
-        ValueError: a record that cannot be used, or a poisoned device that there is
-            not.
+        ValueError: a record that cannot be used, a poisoned device that there is not,
+            nobody poisoned or nobody honest, or too few windows for a detector.
     """
 
     def devices(vitals: fs.data.Vitals) -> dict[str, SeriesFederation]:
@@ -392,8 +417,7 @@ def federate(config: Config, vitals: fs.data.Vitals) -> dict[str, SeriesFederati
         raise ValueError(
             f"--poisoned must be numbers of devices, from 1 to {count}; got {wrong[0]}."
         )
-    if num_poisoned(config, count) >= count:
-        raise ValueError("somebody must be honest: lower --poisoned.")
+    num_poisoned(config, count)
     return federations
 
 
@@ -430,7 +454,7 @@ def check_reach(
             if missed:
                 remarks.append(
                     f"{text} ({part}) would leave {len(missed)} of {len(everyone)} "
-                    "devices as they are, which are too short for it."
+                    "devices as they are."
                 )
     return " ".join(remarks)
 
@@ -441,8 +465,12 @@ def num_poisoned(config: Config, num_devices: int) -> int:
     Raises:
         ValueError: none, or all of them.
     """
-    if config.poisoned:
+    if config.poisoned and len(config.poisoned) < num_devices:
         return len(config.poisoned)
+    if config.poisoned:
+        raise ValueError(
+            f"--poisoned names all {num_devices} devices: leave at least one out."
+        )
     found = round(config.attackers * num_devices)
     if not 0 < found < num_devices:
         raise ValueError(
@@ -578,7 +606,7 @@ def run(config: Config, console: Console) -> runner.Result:
         runner.check_progress(config, phases(untrained))
     with rundir.open_out(config, vitals.source):
         console.print(settings(config))
-        with fedsecure_detector.or_nothing(config):
+        with fedsecure_detector.or_nothing(config), in_flags():
             trained = {
                 part: fedsecure_detector.load_or_train(
                     config, part, devices, make_samples, console

@@ -1,5 +1,6 @@
 """The FedSecure study: from the command line to tables and plots."""
 
+import csv
 import dataclasses
 import datetime
 import functools
@@ -232,7 +233,8 @@ def test_the_names_of_the_paper_s_runs():
         (["--defenses", "fedsecure(max_flagged=1)"], "max_flagged"),
         (["--poisoned", "9"], "from 1 to 4"),
         (["--poisoned", "1", "1"], "twice"),
-        (["--poisoned", "1", "2", "3", "4"], "somebody must be honest"),
+        (["--poisoned", "1", "2", "3", "4"], "names all 4 devices: leave at least one"),
+        (["--defenses", "sanitization(num_clusters=2)"], "leaves out samples, and not"),
         (["--poisoned", "--attackers", "0.01"], "at least one poisoned"),
         (["--poisoned", "--attackers", "1.5"], "--attackers"),
         (["--train", "1"], "--train"),
@@ -278,7 +280,7 @@ def patients(*lengths, flat=()):
     return fs.data.Vitals("hand", tuple(records), channels, 60.0, "test", "none")
 
 
-def test_a_device_is_in_all_parts_or_in_none():
+def test_a_device_is_in_all_parts_or_in_none(tmp_path):
     """Of record r1 the history is flat, and the whole training stretch is not."""
     config = dataclasses.replace(parse([*TINY]), history=0.4, poisoned=(2,))
     vitals = patients(200, 200, 200, 200, flat=[1])
@@ -294,6 +296,18 @@ def test_a_device_is_in_all_parts_or_in_none():
         assert note.startswith(
             "Poisoned: 2 (r2). Left out (1): heart_rate of r1 is flat"
         )
+    fedsecure_report.write_devices(tmp_path / "devices.csv", found)
+    with (tmp_path / "devices.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["part"], r["device"], r["name"], r["patient"]) for r in rows[:4]] == [
+        *(("same", str(i + 1), f"r{n}", f"p{n}") for i, n in enumerate((0, 2, 3))),
+        ("same", "", "r1", ""),
+    ]
+    assert "flat" in rows[3]["left_out"]
+    assert {row["part"] for row in rows[4:]} == {"later"}
+    for row, device in zip(rows, found["same"].devices):
+        assert int(row["windows"]) == device.windows
+        assert float(row["sd_respiration_rate"]) == device.sd[1]
     bare = vitals._replace(
         records=tuple(r._replace(start=None) for r in vitals.records)
     )
@@ -364,7 +378,8 @@ def test_strengths_keep_the_other_options(monkeypatch):
 
     monkeypatch.setattr(fedsecure_report, "screen_devices", screened)
     monkeypatch.setattr(specs, "make_series_attack", lambda *a: asked.append(a[0]))
-    found = fedsecure_report.strengths(config, devices_of(config), None, None)
+    clean = np.zeros(4)
+    found = fedsecure_report.strengths(config, devices_of(config), None, None, clean)
     assert list(found) == [
         "variability(fraction=0.5): amplitude",
         "gradual_pattern(ramp=5): amplitude",

@@ -88,12 +88,15 @@ def fedsecure(
     Device i has windows ``s_j`` (of ``Simulation.make_samples``), a reference model
     that rebuilds them as ``s'_j``, a classifier and its own threshold ``T_i``::
 
-        E_j = mean (s_j - s'_j)^2,   a_j = classifier((log E_j - center_i) / spread_i)
+        E_j = mean (s_j - s'_j)^2,   z_j = min((log E_j - center_i) / spread_i, z_max)
+        a_j = classifier(z_j),       or 1 where E_j is not finite
         A_j = [a_j > T_i]
         device i is excluded from the round  iff  mean_j A_j > phi
 
-    An excluded device trains on nothing and sends nothing, which saves its update's
-    bytes. A device without any window is not excluded, and has no part either.
+    with ``z_max`` the largest that the classifier was trained on, and ``phi`` the
+    ``max_flagged``. An excluded device trains on nothing and sends nothing, which saves
+    its update's bytes. A device without any window is not excluded, and has no part
+    either.
 
     Threat model: attackers poison their own series and then follow the protocol; the
     screening runs on the device, so that an attacker who does not let it run is not
@@ -115,8 +118,9 @@ def fedsecure(
             screened, else all N.
         adapt: in [0, 1]: how far a device that was not excluded moves its threshold,
             after each screening, to that of its present scores (``T_i <- (1 - adapt)
-            T_i + adapt T(a)``). 0 leaves the thresholds as they are. A patient
-            attacker can lead a threshold that adapts.
+            T_i + adapt T(a)``, by the defaults of ``adaptive_threshold``). 0 leaves
+            the thresholds as they are. A patient attacker can lead a threshold that
+            adapts.
 
     Returns:
         A ``ClientDefense``. Info: the fields of ``Screening`` and ``threshold``, the
@@ -124,8 +128,9 @@ def fedsecure(
 
     Raises:
         TypeError: ``detector`` is none, or an option of another type.
-        ValueError: an option out of range; in ``validate``, a calibration of another
-            number of clients.
+        ValueError: an option out of range; a calibration that is not finite, of unequal
+            lengths or with a spread of 0; in ``validate``, one of another number of
+            clients.
 
     Example:
         >>> windows = np.random.default_rng(0).normal(size=(40, 6, 1))
@@ -147,10 +152,11 @@ def fedsecure(
         framework for IoMT, using hybrid deep learning models", algorithm 1.
 
     Differs from the paper: its algorithm excludes a device above a share of flagged
-    windows that it does not give, its text at the first flagged window (``max_flagged=
-    0``). How its thresholds follow from mean, standard deviation and percentile it does
-    not say: see ``adaptive_threshold``. Its third statistic, the difference of first
-    and last score, is reported and decides nothing.
+    windows that it does not give, its text at the first flagged window
+    (``max_flagged=0``). How its thresholds follow from mean, standard deviation and
+    percentile it does not say: see ``adaptive_threshold``. What the classifier sees and
+    which windows count as anomalous for it are ours: see ``train_detector``. Its third
+    statistic, the difference of first and last score, is reported and decides nothing.
     """
     check_type("detector", detector, Detector, "Train one: train_detector(...).")
     check_type("calibration", calibration, Calibration, "Make it: calibrate(...).")
@@ -195,8 +201,8 @@ def fedsecure(
             found = judge(scores, errors, data.valid, limit, max_flagged)
             moved = limit
             if adapt:
-                own = adaptive_threshold(scores, data.valid)
-                moved = (1.0 - adapt) * limit + adapt * own
+                present = adaptive_threshold(scores, data.valid)
+                moved = (1.0 - adapt) * limit + adapt * present
             stays = found.excluded | ~data.valid.any()
             return found, jnp.where(stays, limit, moved)
 
@@ -266,14 +272,13 @@ def judge(
     """
     count = jnp.maximum(mask.sum(), 1)
     share = (mask & (scores > threshold)).sum() / count
-    # Where there is none, both ends are the same window.
     first, last = jnp.argmax(mask), len(mask) - 1 - jnp.argmax(mask[::-1])
     return Screening(
         excluded=too_many(share, max_flagged),
         flagged_share=share,
         score=jnp.where(mask, scores, 0.0).sum() / count,
         error=jnp.where(mask, errors, 0.0).sum() / count,
-        score_change=jnp.abs(scores[last] - scores[first]),
+        score_change=jnp.where(mask.any(), jnp.abs(scores[last] - scores[first]), 0.0),
     )
 
 

@@ -5,6 +5,7 @@ classifier turns the error of a window into a score from 0 to 1. Both are traine
 server on clean windows before the federated run, and then handed to every device.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import optax
 
 from fedjax_sim.client_defenses.sanitization import in_batches
 from fedjax_sim.models.recurrent import Autoencoder
-from fedjax_sim.registry import check_count, check_number
+from fedjax_sim.registry import check_count, check_number, check_type
 from fedjax_sim.types import AnyArray, Array, PyTree
 
 # A share of the windows, drawn at random, that the reference model is not trained on.
@@ -74,7 +75,7 @@ class Training(NamedTuple):
         errors: ``float32 [s]``, of all windows, by the final reference model.
         labels: ``bool [s]``, those that count as anomalous for the classifier.
         limits: ``float32 [D]``, the error above which, per device.
-        device: ``int32 [s]``, whose each window is.
+        device: ``int [s]``, whose each window is.
         folds: the classifier's five-fold cross-validation, ``[5]`` each.
         scores: ``float32 [s]``, of every window by the fold that was not trained on it.
         example: ``(window, rebuilt)`` of a window held out, ``[L, F]`` each.
@@ -202,7 +203,7 @@ def anomaly_scores(detector: Detector, errors: Array, scale: Scale) -> Array:
 
 
 def highest_score(detector: Detector) -> float:
-    """The largest score that the classifier gives to any finite error."""
+    """The largest score of the classifier, looked for on a fine grid of its inputs."""
     x = detector.highest - jnp.linspace(0.0, 20.0, 2001)
     return float(classify(detector.layers, x[:, None]).max())
 
@@ -253,6 +254,8 @@ def adaptive_threshold(
         "adaptive_threshold's percentile", percentile, 0, 100, "[]"
     )
     mix = check_number("adaptive_threshold's mix", mix, 0, 1, "[]")
+    check_type("adaptive_threshold's low", low, numbers.Real)
+    check_type("adaptive_threshold's high", high, numbers.Real)
     if not low <= high:
         raise ValueError(
             f"adaptive_threshold's low must be at most its high; got {low} and {high}."
@@ -344,7 +347,7 @@ def train_detector(
         hidden: units of each direction.
         epochs: of the reference model; the paper's figure 8 has 31.
         batch_size: windows a step, at most those trained on.
-        learning_rate: of both.
+        learning_rate: of the reference model; the classifier's is ten times it.
         layers: widths of the classifier's hidden layers.
         classifier_epochs: its steps.
         on_epoch: called after each of the reference model's epochs with its number,

@@ -278,7 +278,7 @@ def federate_series(
 
     The first ``train`` of a record's time is for training, the rest for testing; no
     window has steps of both, and no gap is filled from the next stretch. Every channel
-    is standardised per patient, ``(x - mean) / sd``, with mean and sd of the measured
+    is standardised per record, ``(x - mean) / sd``, with mean and sd of the measured
     samples of what the server may know, which is the training stretch or the part of it
     that is ``history``; never of what is tested on. The label of a step is the
     ``states`` of the first channel; a sample's is that of the step after its window.
@@ -296,7 +296,7 @@ def federate_series(
         max_gap: samples that are filled in; 0 for none.
         calendar_features: whether hour, day and weekday follow the channels.
         edges: of the states, in standard deviations.
-        flat: standard deviation, in a channel's unit, below which it counts as flat.
+        flat: standard deviation, in a channel's unit, up to which it counts as flat.
         skip_unusable: leaves out records that cannot be used, and says so in
             ``left_out``, instead of raising.
         root_size: windows of the server's root dataset, drawn from the histories.
