@@ -13,6 +13,7 @@ from fedjax_sim.client_defenses.reference_model import Training
 from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
 
 WIDE = 2 * COLUMN  # both columns of a paper
+LEAST_SPAN = 0.1  # of an accuracy axis: one test window more or less is no event
 
 
 def _panels(rows: int, columns: int, height: float, width: float = WIDE) -> Any:
@@ -151,6 +152,10 @@ def runs_plot(
                     label=name,
                 )
             axes.set_ylabel(row)
+            low, high = axes.get_ylim()
+            if row == "accuracy" and high - low < LEAST_SPAN:
+                middle = (low + high) / 2
+                axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
             if row == "loss":
                 axes.set_title(column)
             else:
@@ -195,15 +200,19 @@ def strength_plot(
     """How many windows devices flag in their own series, by strength of the attack.
 
     Args:
-        found: name of an attack and its option to strengths ``[S]`` and shares of
-            flagged windows ``[S, N]``; the first strength is no attack.
+        found: name of an attack and its option, as ``"variability: amplitude"``, to
+            strengths ``[S]`` and shares of flagged windows ``[S, N]``; the first
+            strength, 0, is no attack.
         limit: the share above which a device stays out.
     """
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(1, len(found), 2.2)
+        figure, panels = _panels(1, len(found), 2.4)
         for axes, (name, (strengths, shares)) in zip(panels[0], found.items()):
             _strength_panel(axes, strengths, shares, limit)
-            axes.set_xlabel(name)
+            attack, _, option = name.rpartition(": ")
+            axes.set_title(attack.replace("(", "\n("), fontsize=6.5)
+            axes.set_xlabel(option)
+            axes.label_outer()
         panels[0, 0].set_ylabel("windows flagged")
         handles, names = panels[0, 0].get_legend_handles_labels()
         figure.set_figheight(figure.get_figheight() + 0.16)
@@ -236,5 +245,6 @@ def _strength_panel(
         "linestyle": (0, (3, 2)),
     }
     axes.axhline(limit, label="out above", **dashed)
-    axes.set_xticks(places, ["none", *(f"{s:g}" for s in strengths[1:])])
+    labels = ["no", *(f"{strength:g}" for strength in strengths[1:])]
+    axes.set_xticks(places, labels, fontsize=6)
     axes.set_ylim(-0.02, 1.02)
