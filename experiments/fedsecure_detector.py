@@ -95,7 +95,7 @@ def load_or_train(
         task = progress.add_task("epochs", total=config.detector_epochs)
 
         def on_epoch(number: int, loss: float, held_out: float) -> None:
-            losses = f"loss {loss:.5f}, held out {held_out:.5f}"
+            losses = f"loss {loss:.3g}, held out {held_out:.3g}"
             progress.update(task, completed=number, description=f"epochs, {losses}")
             if number % max(1, config.detector_epochs // 5) == 0:
                 progress.console.print(
@@ -115,8 +115,8 @@ def load_or_train(
     own = fs.client_defenses.calibrate(detector, devices.history, make_samples)
     found = Trained(detector, own, training)
     console.print(
-        f"{part}: loss {training.train_loss[-1]:.5f}, held out "
-        f"{training.val_loss[-1]:.5f}, in {time.perf_counter() - start:.0f} s"
+        f"{part}: loss {training.train_loss[-1]:.3g}, held out "
+        f"{training.val_loss[-1]:.3g}, in {time.perf_counter() - start:.0f} s"
     )
     temporary = path.with_name("tmp-" + path.name)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(found)]

@@ -315,8 +315,8 @@ def detector_table(trained: Mapping[str, Trained]) -> fs.report.Table:
         rows.append(
             (
                 part,
-                f"{found.train_loss[-1]:.5f}",
-                f"{found.val_loss[-1]:.5f}",
+                f"{found.train_loss[-1]:.3g}",
+                f"{found.val_loss[-1]:.3g}",
                 f"{found.train_accuracy[-1]:.3f}",
                 f"{found.val_accuracy[-1]:.3f}",
                 f"{100 * found.labels.mean():.1f} %",
@@ -467,11 +467,11 @@ def run_table(
             out = ("", "", "")
             if history.defense:
                 gone = _by_seed(history, history.defense["excluded"]).astype(float)
-                saved = mean_and_spread(size * gone.sum(axis=1) / 1e3, digits=1)
+                saved = _size(size * gone.sum(axis=1))
                 out = (
                     _percent(excluded(history, True)),
                     _percent(excluded(history, False)),
-                    f"{saved} kB ({_percent(gone.mean(axis=1))})",
+                    f"{saved} ({_percent(gone.mean(axis=1))})",
                 )
             rows.append(
                 (
@@ -489,6 +489,12 @@ def _percent(shares: np.ndarray) -> str:
     """Shares by seed, in percent."""
     found = mean_and_spread(100 * shares, digits=0)
     return found if found == "-" else f"{found} %"
+
+
+def _size(bytes: np.ndarray) -> str:
+    """Bytes by seed."""
+    unit, digits, name = (1e6, 2, "MB") if bytes.max() >= 1e6 else (1e3, 1, "kB")
+    return f"{mean_and_spread(bytes / unit, digits)} {name}"
 
 
 def _idle(history: fs.History) -> str:
