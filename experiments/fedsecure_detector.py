@@ -85,6 +85,8 @@ def load_or_train(
     if kept is not None:
         console.print(f"{part}: the detector is that of {path}")
         return kept
+    if path.is_file():
+        console.print(f"{part}: {path} is damaged or of another run: trained anew")
     windows, device = fs.client_defenses.clean_windows(devices.history, make_samples)
     console.print(
         f"{part}: the reference model learns from {len(windows)} windows of "
@@ -102,17 +104,21 @@ def load_or_train(
                     f"{part}: epoch {number}/{config.detector_epochs}, {losses}"
                 )
 
-        detector, training = fs.client_defenses.train_detector(
-            jax.random.key(config.seed),
-            windows,
-            device,
-            hidden=config.detector_hidden,
-            epochs=config.detector_epochs,
-            batch_size=config.batch_size,
-            layers=LAYERS,
-            on_epoch=on_epoch,
-        )
-    own = fs.client_defenses.calibrate(detector, devices.history, make_samples)
+        try:
+            detector, training = fs.client_defenses.train_detector(
+                jax.random.key(config.seed),
+                windows,
+                device,
+                hidden=config.detector_hidden,
+                epochs=config.detector_epochs,
+                batch_size=config.batch_size,
+                layers=LAYERS,
+                on_epoch=on_epoch,
+            )
+            own = fs.client_defenses.calibrate(detector, devices.history, make_samples)
+        except ValueError as error:
+            hint = " Or leave this part out: --history 0." if part == "later" else ""
+            raise ValueError(f"part {part}: {error}{hint}") from None
     found = Trained(detector, own, training)
     console.print(
         f"{part}: loss {training.train_loss[-1]:.3g}, held out "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 import fedjax_sim as fs
 from fedjax_sim.client_defenses.reference_model import Training
@@ -47,6 +48,7 @@ def training_plot(training: Training, channels: Sequence[str]) -> Any:
                     epochs, curve, color=COLOURS[i], linestyle=LINES[i], label=name
                 )
             axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel(label)
             axes.legend()
         losses.set_yscale("log")
@@ -59,6 +61,7 @@ def training_plot(training: Training, channels: Sequence[str]) -> Any:
         low, high = example.get_ylim()
         example.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
         example.set_xlabel("step of a window held out")
+        example.xaxis.set_major_locator(MaxNLocator(integer=True))
         example.set_ylabel("standard deviations")
         example.legend(ncols=len(channels) + 1, loc="upper center", handlelength=1.5)
         for axes, letter in zip(panels.flat, "abcd", strict=True):
@@ -160,19 +163,21 @@ def runs_plot(
                 axes.set_title(column)
             else:
                 axes.set_xlabel("round")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3)
         return figure
 
 
 def distribution_plot(
-    found: Mapping[str, tuple[np.ndarray, np.ndarray]], threshold: float
+    found: Mapping[str, tuple[np.ndarray, np.ndarray]], threshold: float, device: str
 ) -> Any:
     """The paper's figure 11: scores (above) and errors (below) of a device, by run.
 
     Args:
         found: run to scores and errors of the device's windows.
         threshold: the device's.
+        device: which one.
     """
     every = np.concatenate([errors for _, errors in found.values()])
     low, high = np.quantile(every[every > 0], [0.001, 0.999])
@@ -181,7 +186,8 @@ def distribution_plot(
         for i, (name, (scores, errors)) in enumerate(found.items()):
             top, bottom = panels[:, i]
             top.hist(scores, bins=np.linspace(0, 1, 26), color=COLOURS[i > 0])
-            top.axvline(threshold, color="0.2", linewidth=0.8, linestyle=(0, (3, 2)))
+            dashed: Any = {"color": "0.2", "linewidth": 0.8, "linestyle": (0, (3, 2))}
+            top.axvline(threshold, label="the device's threshold", **dashed)
             top.set_xlim(0, 1)
             top.set_title(name, fontsize=6.5)
             shown = np.clip(errors, low, high)
@@ -189,8 +195,11 @@ def distribution_plot(
             bottom.set_xscale("log")
             top.set_xlabel("score")
             bottom.set_xlabel("error")
-        panels[0, 0].set_ylabel("windows")
-        panels[1, 0].set_ylabel("windows")
+        panels[0, 0].set_ylabel(f"windows of {device}")
+        panels[1, 0].set_ylabel(f"windows of {device}")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(), loc="outside lower center"
+        )
         return figure
 
 

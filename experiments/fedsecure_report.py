@@ -37,10 +37,10 @@ PAPER_ACCURACY = (0.950, 0.954)
 PAPER_AUC, PAPER_TRUE = 0.99, (4477, 264)
 # Thresholds of its poisoned device, by run (figure 11).
 PAPER_THRESHOLDS = (0.990, 0.800, 0.950, 0.900, 0.900)
-# What the attacks are called there.
+# Its runs, at the strengths that are ours.
 PAPER_RUNS = {
-    "variability": "Run 2, data poisoning 1",
-    "pattern_scaling": "Run 3, data poisoning 2",
+    "variability(amplitude=1)": "Run 2, data poisoning 1",
+    "pattern_scaling(scale=2)": "Run 3, data poisoning 2",
     "gradual_pattern": "Run 4, backdoor 1",
     "repeated_pattern": "Run 5, backdoor 2",
 }
@@ -57,7 +57,8 @@ RUN_NOTE = (
     "after its local training (the server's, where it was excluded), on its own test "
     "stretch, poisoned where the device is. {tail} *Excluded*: rounds that poisoned "
     "and honest devices were kept out of; *saved*: bytes that a run did not send, of "
-    "an update of {size} bytes by every device in every round."
+    "an update of {size} bytes by every device in every round. Rules of the server "
+    "alone are in the table after this one."
 )
 ACCURACY_NOTE = (
     "Test accuracy of the global model; in brackets the attack's success, where it has "
@@ -108,7 +109,7 @@ def write(
     }
     write_devices(config.out / "devices.csv", federations)
     tables: dict[str, tuple[fs.report.Table, str]] = {
-        f"Devices: {part}": (device_table(devices), _who(config, devices))
+        f"Devices: {part}": (device_table(devices), who(config, devices))
         for part, devices in federations.items()
     }
     tables |= {
@@ -218,7 +219,7 @@ def screen_all(
     }
 
 
-def _who(config: Any, devices: SeriesFederation) -> str:
+def who(config: Any, devices: SeriesFederation) -> str:
     """Who is poisoned, and which records were left out and why."""
     poisoned = "drawn by the seed, `byzantine` in clients.npz says who."
     if config.poisoned:
@@ -363,28 +364,26 @@ def persistence(devices: SeriesFederation) -> str:
     )
 
 
-def run_name(attack: str, defense: str, attacks: Sequence[str]) -> str:
-    """A system's name as a run of the paper, of a study with these attacks.
+def run_name(attack: str, defense: str) -> str:
+    """A system's name: that of the paper's run where it is one of ``PAPER_RUNS``.
 
     Example:
-        >>> run_name("gradual_pattern", "fedavg", ["gradual_pattern"])
+        >>> run_name("gradual_pattern", "fedavg")
         'Run 4, backdoor 1'
-        >>> both = ["gradual_pattern", "gradual_pattern(ramp=5)"]
-        >>> run_name(both[1], "fedavg", both), run_name(both[0], "fedsecure", both)
-        ('Run 4, backdoor 1: gradual_pattern(ramp=5)', 'Run 6, FedSecure: \
-gradual_pattern')
+        >>> run_name("gradual_pattern(ramp=5)", "fedavg")
+        'gradual_pattern(ramp=5)'
+        >>> run_name("gradual_pattern", "fedsecure")
+        'Run 6, FedSecure: gradual_pattern'
     """
     if defense != FEDAVG:
         known = "Run 6, FedSecure" if defense == FEDSECURE else defense
         return f"{known}: {'no poisoning' if attack == specs.NO_ATTACK else attack}"
     if attack == specs.NO_ATTACK:
         return "Run 1, no poisoning"
-    own = [text for text in attacks if _target(text) is None]  # the paper has no target
-    kind = specs.parse(attack)[0].name
-    if attack not in own or kind not in PAPER_RUNS:
-        return attack
-    alone = [specs.parse(text)[0].name for text in own].count(kind) == 1
-    return PAPER_RUNS[kind] if alone else f"{PAPER_RUNS[kind]}: {attack}"
+    call = specs.parse(attack)
+    return next(
+        (run for x, run in PAPER_RUNS.items() if specs.parse(x) == call), attack
+    )
 
 
 def _target(attack: str) -> str | None:
@@ -475,7 +474,7 @@ def run_table(
                 )
             rows.append(
                 (
-                    run_name(attack, defense, config.attacks),
+                    run_name(attack, defense),
                     mean_and_spread(tail(history.accuracy)) + _idle(history),
                     mean_and_spread(tail(history.loss)),
                     *own,
@@ -638,7 +637,7 @@ def _runs_plot(config: Any, by_cell: Mapping[Any, fs.History], part: str) -> Any
                 lines[f"{name} {field}"] = rounds, mean_defined(values, axis=0)
             rounds, values = evaluated(history, getattr(history, field))
             lines[f"global {field}"] = rounds, mean_defined(values, axis=0)
-        runs[run_name(cell.attack, cell.defense, config.attacks)] = lines
+        runs[run_name(cell.attack, cell.defense)] = lines
     return fedsecure_plots.runs_plot(runs, (bad_name, good_name, "global"))
 
 
@@ -654,9 +653,13 @@ def _score_plot(
     found = {}
     for name, own in screened.items():
         mask = own.mask[device]
-        run = run_name(name, FEDAVG, config.attacks)
+        run = run_name(name, FEDAVG)
         target = None if name == specs.NO_ATTACK else _target(name)
-        run = run.replace(", ", "\n") if target is None else f"backdoor to\n{target}"
+        if name == specs.NO_ATTACK or name != run:
+            run = run.replace(", ", "\n")
+        else:
+            run = run.replace("(", "\n(", 1)
+        run = run if target is None else f"backdoor to\n{target}"
         found[run] = own.scores[device][mask], own.errors[device][mask]
     limit = float(np.asarray(trained.calibration.thresholds)[device])
-    return fedsecure_plots.distribution_plot(found, limit)
+    return fedsecure_plots.distribution_plot(found, limit, f"device {device + 1}")

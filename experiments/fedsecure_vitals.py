@@ -13,7 +13,7 @@ The first part also holds FedSecure against rules of the server; in both FedSecu
 comes before one.
 
 Presets:
-  paper      two long MIMIC records cut into five devices (default): some minutes.
+  paper      two long MIMIC records cut into five devices (default): some ten minutes.
   generated  five generated patients of a week each, the size of the paper's data.
   many       heart rate of some 350 MIMIC patients, a fifth of them poisoned.
   demo       generated vital signs, no files needed: under three minutes on two cores.
@@ -49,12 +49,7 @@ from fedjax_sim.types import MakeSamples
 
 SAME, LATER = "same", "later"
 FEDSECURE = "fedsecure"
-PAPER_ATTACKS = (
-    "variability(amplitude=1)",
-    "pattern_scaling(scale=2)",
-    "gradual_pattern",
-    "repeated_pattern",
-)
+PAPER_ATTACKS = tuple(fedsecure_report.PAPER_RUNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +131,13 @@ class Config:
     #: Share of its windows above which a device stays out.
     max_flagged: float = 0.1
 
-    #: Numbers of the poisoned devices, from 1. The flag without a number: --attackers
-    #: of them are drawn.
+    #: Numbers of the poisoned devices, from 1, in the order of the records that are
+    #: used. The flag without a number: --attackers of them are drawn.
     poisoned: tuple[int, ...] = (2,)
     #: Where --poisoned is empty: share of the devices that are poisoned, in (0, 1).
     attackers: float = 0.2
-    #: Attacks, the paper's runs 2 to 5 first. With target= a backdoor, whose success is
+    #: Attacks, the paper's runs 2 to 5 first; module.function for one of your own, with
+    #: num_channels= and relabel=. With target= a backdoor, whose success is
     #: measured: windows that end in the pattern are labelled as that state (0 low, 1
     #: usual, 2 high).
     attacks: tuple[str, ...] = (
@@ -281,7 +277,12 @@ def check(config: Config) -> None:
             "--attacks none: runs without an attack are always there. Drop it."
         )
     for text in config.defenses:
-        name = specs.parse(text)[0].name
+        name, options = specs.parse(text)[0]
+        own = {"detector", "calibration"} & options.keys()
+        if name == FEDSECURE and own:
+            raise ValueError(
+                f"--defenses {text}: {sorted(own)[0]} is trained by the study. Drop it."
+            )
         if name in fs.client_defenses.CLIENT_DEFENSES and name != FEDSECURE:
             raise ValueError(
                 f"--defenses {text}: {name} leaves out samples, and not devices, by "
@@ -306,7 +307,8 @@ FLAGS = {
     "--skip-unusable",
     "Lower flat, or leave the record out.": "Leave it out with --skip-unusable.",
     "Shorten the windows, fill longer gaps, or leave it out.": "Shorten the windows "
-    "(--window), fill longer gaps (--max-gap), or leave it out (--skip-unusable).",
+    "(--window), fill longer gaps (--max-gap), move the end of the stretch (--train, "
+    "--history), or leave it out (--skip-unusable).",
     "or change the stretches, windows and gaps.": "or change --train, --history, "
     "--window or --max-gap.",
     "Choose fewer records, or another number.": "Choose fewer records in --source, "
@@ -316,6 +318,8 @@ FLAGS = {
     "series, or raise --detector-epochs.",
     "Train the classifier for longer, or lower k, percentile, low or high.": "Give "
     "more of the series, or raise --detector-epochs.",
+    "Pass root=, from fs.data.federate(..., root_size=100).": "Raise --root-size.",
+    "or train for more epochs.": "or raise --detector-epochs.",
     "root_size=": "--root-size ",
     "Lower root_size.": "Lower --root-size.",
     "batch_size=": "--batch-size ",
@@ -448,8 +452,8 @@ def check_reach(
                 raise ValueError(
                     f"--attacks {text}: none of the {count} windows of device {first}"
                     f"{seen} would change in the part {part}, so that nothing would be "
-                    "attacked. Let it begin earlier, choose other --poisoned, or "
-                    "shorten --window."
+                    "attacked. Let it begin earlier or be stronger, choose other "
+                    "--poisoned, or shorten --window."
                 )
             if missed:
                 remarks.append(
@@ -606,6 +610,7 @@ def run(config: Config, console: Console) -> runner.Result:
         runner.check_progress(config, phases(untrained))
     with rundir.open_out(config, vitals.source):
         console.print(settings(config))
+        console.print(fedsecure_report.who(config, next(iter(federations.values()))))
         with fedsecure_detector.or_nothing(config), in_flags():
             trained = {
                 part: fedsecure_detector.load_or_train(

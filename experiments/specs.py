@@ -283,6 +283,12 @@ def make_series_attack(text: str, num_channels: int, num_classes: int) -> DataAt
     if len(calls) != 1:
         raise ValueError(f"{text!r}: expected one attack on series.")
     (call,) = calls
+    given = {"num_channels", "num_classes", "relabel"} & call.options.keys()
+    if given:
+        raise ValueError(
+            f"{text!r}: {sorted(given)[0]} follows from the series and their states. "
+            "Drop it."
+        )
     options = {"num_channels": num_channels, "relabel": states} | call.options
     if "target" in options:
         options = {"num_classes": num_classes} | options

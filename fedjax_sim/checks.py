@@ -593,9 +593,11 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
 
     def one_client(key: jax.Array, held_out: Clients | None) -> None:
         data, context = _one_client(sim, samples=False)
+        stored = "clients"
         if held_out is not None:
             data = held_out.gather(jnp.zeros((), jnp.int32))
-        with _blamed(who):
+            stored = "local_test, what clients hold out for evaluation"
+        with _blamed(who), _of(stored if sim.local_test is not None else ""):
             poisoned: Any = attack.poison(key, data, context)
         if not isinstance(poisoned, ClientData):
             raise TypeError(
@@ -620,6 +622,19 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
         inputs = jnp.asarray(sim.test.inputs[:1])
         targets = jnp.asarray(sim.test.targets[:1], jnp.int32)
         jax.eval_shape(evaluation, inputs, targets)
+
+
+@contextmanager
+def _of(what: str) -> Iterator[None]:
+    """Says of which data an error is."""
+    try:
+        yield
+    except ValueError as error:
+        if what and type(error) is ValueError:
+            raise ValueError(f"{what}: {error}").with_traceback(
+                error.__traceback__
+            ) from error
+        raise
 
 
 @contextmanager

@@ -11,7 +11,13 @@ from fedjax_sim.data.partition import (
     label_bias,
     shards,
 )
-from fedjax_sim.data.series import SeriesFederation, cut, federate_series, windows
+from fedjax_sim.data.series import (
+    SeriesFederation,
+    cut,
+    federate_series,
+    states,
+    windows,
+)
 from fedjax_sim.data.vitals import Record, Vitals, load_vitals
 
 __all__ = [
@@ -33,5 +39,6 @@ __all__ = [
     "load",
     "load_vitals",
     "shards",
+    "states",
     "windows",
 ]

@@ -15,7 +15,13 @@ import numpy as np
 
 from fedjax_sim.data.sources import resolve_data_dir
 from fedjax_sim.data.synthetic_vitals import generated
-from fedjax_sim.data.vitals_series import CHANNELS, Record, Vitals, averaged
+from fedjax_sim.data.vitals_series import (
+    CHANNELS,
+    MOST,
+    Record,
+    Vitals,
+    averaged,
+)
 from fedjax_sim.data.vitals_tables import bidmc, csv, mimic_pap
 from fedjax_sim.data.vitals_wfdb import mimic_numerics
 from fedjax_sim.registry import check_number, check_type, lookup
@@ -77,8 +83,8 @@ def load_vitals(
         TypeError: an option that the source needs is not given, or one is of another
             type.
         ValueError: unknown source, channel or option, a channel that a record does not
-            have or that is empty in it, an interval that does not fit, or a damaged
-            file.
+            have or that is empty in it, a sample that no monitor shows, an interval
+            that does not fit, or a damaged file.
         FileNotFoundError: there are no files; lists the places and the ways out.
 
     Example:
@@ -153,9 +159,18 @@ def _checked(source: str, read: Callable[..., Vitals], options: dict[str, Any]) 
 
 
 def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
-    """``vitals`` if every channel of every record has a measured sample."""
+    """``vitals`` if all samples can be, and every channel of a record has one."""
     kept, left_out = [], dict(vitals.left_out)
     for record in vitals.records:
+        beyond = np.abs(record.values) > MOST  # False for what is not measured
+        if beyond.any():
+            row, column = np.argwhere(beyond)[0]
+            channel = vitals.channels[column]
+            raise ValueError(
+                f"sample {row} of record {record.name} is a {channel} of "
+                f"{record.values[row, column]:g} {CHANNELS[channel]}: expected at most "
+                f"{MOST:,.0f}. Mend the file, or leave it empty there."
+            )
         empty = np.isnan(record.values).all(axis=0)
         if not empty.any():
             kept.append(record)

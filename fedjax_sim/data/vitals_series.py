@@ -23,6 +23,7 @@ PRESSURES = {
     for kind in ("systolic", "diastolic", "mean")
 }
 CHANNELS = {**RATES, **PRESSURES}  # every channel's name, and its unit
+MOST = 10_000.0  # of any channel: no monitor shows so much, and a damaged file may
 MAX_SAMPLES = 10_000_000  # 19 years of minutes: beyond it the times are in another unit
 
 

@@ -657,6 +657,13 @@ class TestCsv:
             load_vitals("csv", channels=("heart_rate",), path=path)
         assert str(path) in str(caught.value)
 
+    @pytest.mark.parametrize("cell", ["1e30", "10001"])
+    def test_a_sample_that_no_monitor_shows(self, tmp_path, cell):
+        path = write_csv(tmp_path, f"patient,time,heart_rate\np,0,80\np,60,{cell}\n")
+        message = r"sample 1 of record p is a heart_rate of 1\S* beats/min: .* 10,000"
+        with pytest.raises(ValueError, match=message):
+            load_vitals("csv", channels=("heart_rate",), path=path)
+
     def test_other_bytes(self, tmp_path):
         path = tmp_path / "table.csv"
         path.write_bytes(b"\xff\xfe" + "patient,time\n1,0\n".encode("utf-16-le"))
