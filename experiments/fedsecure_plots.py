@@ -14,6 +14,7 @@ from fedjax_sim.client_defenses.reference_model import Training
 from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
 
 WIDE = 2 * COLUMN  # both columns of a paper
+DASHED: Any = {"color": "0.2", "linewidth": 0.8, "linestyle": (0, (3, 2))}
 LEAST_SPAN = 0.1  # of an accuracy axis: one test window more or less is no event
 
 
@@ -186,8 +187,7 @@ def distribution_plot(
         for i, (name, (scores, errors)) in enumerate(found.items()):
             top, bottom = panels[:, i]
             top.hist(scores, bins=np.linspace(0, 1, 26), color=COLOURS[i > 0])
-            dashed: Any = {"color": "0.2", "linewidth": 0.8, "linestyle": (0, (3, 2))}
-            top.axvline(threshold, label="the device's threshold", **dashed)
+            top.axvline(threshold, label="the device's threshold", **DASHED)
             top.set_xlim(0, 1)
             top.set_title(name, fontsize=6.5)
             shown = np.clip(errors, low, high)
@@ -248,12 +248,7 @@ def _strength_panel(
         style: dict[str, Any] = {"color": COLOURS[0], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(places, lows, highs, label="10 to 90 % of devices", **style)
         axes.plot(places, middle, color=COLOURS[0], marker=MARKERS[0], label="median")
-    dashed: dict[str, Any] = {
-        "color": "0.2",
-        "linewidth": 0.8,
-        "linestyle": (0, (3, 2)),
-    }
-    axes.axhline(limit, label="out above", **dashed)
+    axes.axhline(limit, label="out above", **DASHED)
     labels = ["no", *(f"{strength:g}" for strength in strengths[1:])]
     axes.set_xticks(places, labels, fontsize=6)
     axes.set_ylim(-0.02, 1.02)

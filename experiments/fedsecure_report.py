@@ -1,7 +1,7 @@
 """What a run of the FedSecure study says at its end: tables, figures, summary.md."""
 
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -237,26 +237,23 @@ def who(config: Any, devices: SeriesFederation) -> str:
 
 def write_devices(path: Path, federations: Mapping[str, SeriesFederation]) -> None:
     """``devices.csv``: a row for every device of a part, and every record left out."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = ("missing", "filled", "mean", "sd")
-        first = next(iter(federations.values()))
-        each = [f"{name}_{c}" for name in names for c in first.channels]
-        counts = ("steps", "windows", "test_windows")
-        writer.writerow(
-            ["part", "device", "name", "patient", *counts, *each, "left_out"]
-        )
-        for part, devices in federations.items():
-            for number, device in enumerate(devices.devices, start=1):
-                own = [x for name in names for x in getattr(device, name)]
-                sizes = [getattr(device, name) for name in counts]
-                row = [part, number, device.name, device.patient, *sizes, *own, ""]
-                writer.writerow(row)
-            blank = [""] * (1 + len(counts) + len(each))
-            for name, why in devices.left_out.items():
-                writer.writerow([part, "", name, *blank, why])
-    os.replace(temporary, path)
+    names = ("missing", "filled", "mean", "sd")
+    first = next(iter(federations.values()))
+    each = [f"{name}_{c}" for name in names for c in first.channels]
+    counts = ("steps", "windows", "test_windows")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["part", "device", "name", "patient", *counts, *each, "left_out"])
+    for part, devices in federations.items():
+        for number, device in enumerate(devices.devices, start=1):
+            own = [x for name in names for x in getattr(device, name)]
+            sizes = [getattr(device, name) for name in counts]
+            row = [part, number, device.name, device.patient, *sizes, *own, ""]
+            writer.writerow(row)
+        blank = [""] * (1 + len(counts) + len(each))
+        for name, why in devices.left_out.items():
+            writer.writerow([part, "", name, *blank, why])
+    results.write_atomically(path, file.getvalue())
 
 
 def device_table(devices: SeriesFederation) -> fs.report.Table:
@@ -265,13 +262,11 @@ def device_table(devices: SeriesFederation) -> fs.report.Table:
     rows: list[tuple[str, ...]] = []
     own = devices.devices
     if len(own) > MANY:  # every column for itself
-        columns: dict[str, list[float]] = {
-            "steps": [d.steps for d in own],
-            "missing": [sum(d.missing) for d in own],
-            "filled in": [sum(d.filled) for d in own],
-            "windows": [d.windows for d in own],
-            "test windows": [d.test_windows for d in own],
-        }
+        sizes = [
+            (d.steps, sum(d.missing), sum(d.filled), d.windows, d.test_windows)
+            for d in own
+        ]
+        columns: dict[str, Any] = dict(zip(counts, zip(*sizes), strict=True))
         for c, channel in enumerate(devices.channels):
             columns[f"mean of {channel}"] = [d.mean[c] for d in own]
             columns[f"sd of {channel}"] = [d.sd[c] for d in own]
@@ -579,7 +574,7 @@ def strengths(
             continue
         option, values = STRENGTHS[call.name]
         kept.pop(option, None)
-        name = _call(call.name, kept)
+        name = specs.text_of(specs.Call(call.name, kept))
         if f"{name}: {option}" in found:
             continue
         shares = [clean]
@@ -589,20 +584,13 @@ def strengths(
                 del changed["height"]
                 length = changed.pop("length", LENGTH)
                 changed["pattern"] = [[float(value)] * channels] * length
-            attack = specs.make_series_attack(
-                _call(call.name, changed), channels, classes
-            )
+            own = specs.text_of(specs.Call(call.name, changed))
+            attack = specs.make_series_attack(own, channels, classes)
             shares.append(
                 screen_devices(config, devices, trained, make_samples, attack).flagged
             )
         found[f"{name}: {option}"] = ([0.0, *values], np.stack(shares))
     return found
-
-
-def _call(name: str, options: Mapping[str, Any]) -> str:
-    """A step as ``specs`` reads it."""
-    given = ", ".join(f"{option}={value!r}" for option, value in options.items())
-    return f"{name}({given})" if given else name
 
 
 def strength_table(
@@ -654,12 +642,13 @@ def _score_plot(
     for name, own in screened.items():
         mask = own.mask[device]
         run = run_name(name, FEDAVG)
-        target = None if name == specs.NO_ATTACK else _target(name)
-        if name == specs.NO_ATTACK or name != run:
-            run = run.replace(", ", "\n")
-        else:
+        target = _target(name)
+        if target is not None:
+            run = f"backdoor to\n{target}"
+        elif run == name:  # not one of the paper's
             run = run.replace("(", "\n(", 1)
-        run = run if target is None else f"backdoor to\n{target}"
+        else:
+            run = run.replace(", ", "\n")
         found[run] = own.scores[device][mask], own.errors[device][mask]
     limit = float(np.asarray(trained.calibration.thresholds)[device])
     return fedsecure_plots.distribution_plot(found, limit, f"device {device + 1}")

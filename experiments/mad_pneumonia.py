@@ -236,7 +236,7 @@ def make_rule(config: Config, cell: Cell) -> fs.types.Aggregator:
     if cell.start is not None:
         (call,) = specs.parse(text)
         options = call.options | {"start": cell.start}
-        text = f"mad({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+        text = specs.text_of(specs.Call("mad", options))
     return specs.make_aggregator(text, runner.num_attackers(config))
 
 

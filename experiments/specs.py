@@ -94,6 +94,17 @@ options={'variant': 'soft', 'gamma': 2})]
         ) from None
 
 
+def text_of(call: Call) -> str:
+    """A step as ``parse`` reads it.
+
+    Example:
+        >>> text_of(Call("krum", {"max_byzantine": 2})), text_of(Call("median", {}))
+        ('krum(max_byzantine=2)', 'median')
+    """
+    given = ", ".join(f"{option}={value!r}" for option, value in call.options.items())
+    return f"{call.name}({given})" if given else call.name
+
+
 def _steps(node: ast.expr) -> list[Call]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _steps(node.left) + _steps(node.right)

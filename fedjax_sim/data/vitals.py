@@ -15,13 +15,7 @@ import numpy as np
 
 from fedjax_sim.data.sources import resolve_data_dir
 from fedjax_sim.data.synthetic_vitals import generated
-from fedjax_sim.data.vitals_series import (
-    CHANNELS,
-    MOST,
-    Record,
-    Vitals,
-    averaged,
-)
+from fedjax_sim.data.vitals_series import CHANNELS, MOST, Record, Vitals, averaged
 from fedjax_sim.data.vitals_tables import bidmc, csv, mimic_pap
 from fedjax_sim.data.vitals_wfdb import mimic_numerics
 from fedjax_sim.registry import check_number, check_type, lookup
@@ -114,6 +108,7 @@ def load_vitals(
             ),
             interval=interval,
         )
+    _check_samples(vitals)
     return _without_empty(vitals, skip_empty)
 
 
@@ -158,9 +153,8 @@ def _checked(source: str, read: Callable[..., Vitals], options: dict[str, Any]) 
     return takes_interval
 
 
-def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
-    """``vitals`` if all samples can be, and every channel of a record has one."""
-    kept, left_out = [], dict(vitals.left_out)
+def _check_samples(vitals: Vitals) -> None:
+    """Refuses what no monitor shows."""
     for record in vitals.records:
         beyond = np.abs(record.values) > MOST  # False for what is not measured
         if beyond.any():
@@ -171,6 +165,12 @@ def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
                 f"{record.values[row, column]:g} {CHANNELS[channel]}: expected at most "
                 f"{MOST:,.0f}. Mend the file, or leave it empty there."
             )
+
+
+def _without_empty(vitals: Vitals, skip_empty: bool) -> Vitals:
+    """``vitals`` if every channel of every record has a measured sample."""
+    kept, left_out = [], dict(vitals.left_out)
+    for record in vitals.records:
         empty = np.isnan(record.values).all(axis=0)
         if not empty.any():
             kept.append(record)
