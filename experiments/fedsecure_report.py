@@ -18,7 +18,7 @@ from experiments.results import evaluated, tail
 from fedjax_sim.attacks.series_backdoors import LENGTH
 from fedjax_sim.client_defenses.fedsecure import too_many
 from fedjax_sim.client_defenses.reference_model import Fold
-from fedjax_sim.data.series import STATES, SeriesFederation, states
+from fedjax_sim.data.series import SeriesFederation, states
 from fedjax_sim.report import mean_and_spread, mean_defined
 from fedjax_sim.types import MakeSamples
 
@@ -381,12 +381,6 @@ def run_name(attack: str, defense: str) -> str:
     )
 
 
-def _target(attack: str) -> str | None:
-    """The state that a backdoor makes the model say."""
-    target = specs.parse(attack)[0].options.get("target")
-    return None if target is None else STATES[target]
-
-
 def excluded(history: fs.History, poisoned: bool) -> np.ndarray:
     """Share of the rounds that poisoned, or honest, devices were kept out of, [seeds].
 
@@ -642,13 +636,8 @@ def _score_plot(
     for name, own in screened.items():
         mask = own.mask[device]
         run = run_name(name, FEDAVG)
-        target = _target(name)
-        if target is not None:
-            run = f"backdoor to\n{target}"
-        elif run == name:  # not one of the paper's
-            run = run.replace("(", "\n(", 1)
-        else:
-            run = run.replace(", ", "\n")
+        # One of the paper's, "Run 2, ..."; else an attack with its options.
+        run = run.replace("(", "\n(", 1).replace(", ", ",\n" if "(" in run else "\n")
         found[run] = own.scores[device][mask], own.errors[device][mask]
     limit = float(np.asarray(trained.calibration.thresholds)[device])
     return fedsecure_plots.distribution_plot(found, limit, f"device {device + 1}")

@@ -259,17 +259,10 @@ def check(config: Config) -> None:
         )
     for flag in ("attacks", "defenses", "channels"):
         values = getattr(config, flag)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(
-                f"--{flag} needs one value or more, each once; got {values}."
-            )
-    for flag in ("attacks", "defenses"):
-        calls = [specs.parse(text) for text in getattr(config, flag)]
-        alike = [
-            text
-            for text, call in zip(getattr(config, flag), calls)
-            if calls.count(call) > 1
-        ]
+        if not values:
+            raise ValueError(f"--{flag} needs one value or more; got none.")
+        forms = values if flag == "channels" else [specs.parse(text) for text in values]
+        alike = [text for text, form in zip(values, forms) if forms.count(form) > 1]
         if alike:
             raise ValueError(f"--{flag} has one twice: {' and '.join(alike)}.")
     if specs.NO_ATTACK in config.attacks:
@@ -313,9 +306,9 @@ FLAGS = {
     "--window or --max-gap.",
     "Choose fewer records, or another number.": "Choose fewer records in --source, "
     "another number, or --devices None for one a record.",
-    "Lower learning_rate (0.001).": "Give it other or longer series.",
-    "Raise classifier_epochs (500) or learning_rate (0.001).": "Give more of the "
-    "series, or raise --detector-epochs.",
+    "Lower learning_rate.": "Give it other or longer series.",
+    "Raise classifier_epochs or learning_rate.": "Give more of the series, or raise "
+    "--detector-epochs.",
     "Train the classifier for longer, or lower k, percentile, low or high.": "Give "
     "more of the series, or raise --detector-epochs.",
     "Pass root=, from fs.data.federate(..., root_size=100).": "Raise --root-size.",

@@ -593,11 +593,11 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
 
     def one_client(key: jax.Array, held_out: Clients | None) -> None:
         data, context = _one_client(sim, samples=False)
-        stored = "clients"
+        stored = "clients" if sim.local_test is not None else ""
         if held_out is not None:
             data = held_out.gather(jnp.zeros((), jnp.int32))
             stored = "local_test, what clients hold out for evaluation"
-        with _blamed(who), _of(stored if sim.local_test is not None else ""):
+        with _blamed(who, stored):
             poisoned: Any = attack.poison(key, data, context)
         if not isinstance(poisoned, ClientData):
             raise TypeError(
@@ -625,21 +625,11 @@ def _check_data_attack(sim: "Simulation", attack: DataAttack) -> None:
 
 
 @contextmanager
-def _of(what: str) -> Iterator[None]:
-    """Says of which data an error is."""
-    try:
-        yield
-    except ValueError as error:
-        if what and type(error) is ValueError:
-            raise ValueError(f"{what}: {error}").with_traceback(
-                error.__traceback__
-            ) from error
-        raise
+def _blamed(who: str, data: str = "") -> Iterator[None]:
+    """Says in whose code, and where, a function of the user's own failed.
 
-
-@contextmanager
-def _blamed(who: str) -> Iterator[None]:
-    """Says in whose code, and where, a function of the user's own failed."""
+    Also on which ``data``, where there are several.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -649,11 +639,12 @@ def _blamed(who: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(others)]
         # Some errors of JAX cannot be made anew; they keep their own traceback.
-        if not own or type(error) not in (ValueError, TypeError):
+        if type(error) not in (ValueError, TypeError) or not (own or data):
             raise
-        raise type(error)(
-            f"{who} failed at {own[-1].filename}, line {own[-1].lineno}: {error}"
-        ) from error
+        said = f"{data}: {error}" if data else f"{error}"
+        if own:
+            said = f"{who} failed at {own[-1].filename}, line {own[-1].lineno}: {said}"
+        raise type(error)(said) from error
 
 
 def _check_tuple(who: str, out: Any, names: tuple[str, ...]) -> None:

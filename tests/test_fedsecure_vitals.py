@@ -1,5 +1,6 @@
 """The FedSecure study: from the command line to tables and plots."""
 
+import ast
 import csv
 import dataclasses
 import datetime
@@ -7,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -221,6 +223,8 @@ def test_the_names_of_the_paper_s_runs():
         (["--attacks", "none"], "always there"),
         (["--attacks", "variability(sd=2)", "variability( sd=2 )"], "has one twice"),
         (["--defenses", "fedsecure", "fedsecure()"], "--defenses has one twice"),
+        (["--channels", "spo2", "spo2"], "--channels has one twice: spo2 and spo2"),
+        (["--attacks"], "--attacks needs one value or more; got none"),
         (["--attacks", "gradual_pattern(start=200)"], "at least 201 steps"),
         (
             ["--attacks", "gradual_pattern(start=61)"],
@@ -270,6 +274,44 @@ def test_bad_options_are_refused_before_any_training(options, message, tmp_path)
     with pytest.raises(ValueError, match=message):
         play(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_way_out_is_one_that_the_library_names():
+    """A message that is worded anew needs its flag anew."""
+    said = [
+        node.value
+        for path in Path(fs.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    for name in fedsecure_vitals.FLAGS:
+        assert any(name in text for text in said), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"learning_rate": 1e30},
+            r"learning_rate=1e\+30\. Give it other or longer ser",
+        ),
+        ({"classifier_epochs": 1}, "Give more of the series, or raise --detector-epo"),
+        ({"windows": np.ones((60, 4, 1))}, "of the series, or raise --detector-epochs"),
+        (
+            {"batch_size": 49},
+            r"Lower --batch-size, shorten the windows \(--window\) or",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_detector_that_failed_names_flags(options, message):
+    windows = np.random.default_rng(0).normal(size=(60, 4, 1)).astype(np.float32)
+    windows[::20] *= 5
+    given = {"windows": windows, "batch_size": 8, "hidden": 2, "epochs": 1, **options}
+    with pytest.raises(ValueError, match=message), fedsecure_vitals.in_flags():
+        fs.client_defenses.train_detector(
+            jax.random.key(0), device=np.zeros(60, int), **given
+        )
 
 
 def patients(*lengths, flat=()):

@@ -5,6 +5,7 @@ classifier turns the error of a window into a score from 0 to 1. Both are traine
 server on clean windows before the federated run, and then handed to every device.
 """
 
+import itertools
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -332,8 +333,8 @@ def train_detector(
     2. The errors ``E`` of all windows. Per device, those whose logarithm is above
        ``(mu + 3 sigma) / 2 + P95 / 2`` of its errors' logarithms are the positives.
     3. A classifier of dense layers learns to tell them from ``(log E - center) /
-       spread``, per device, by binary cross-entropy (Adam, full batches): in five
-       folds, and then on all.
+       spread``, per device, by binary cross-entropy (Adam, full batches), from their
+       share as its first answer: in five folds, and then on all.
 
     Windows overlap, so that a window held out shares all but one step with some that
     are not: validation loss says that the optimizer works, and nothing about another
@@ -423,8 +424,8 @@ def train_detector(
     if not worst <= DIVERGED * max(size, 1.0):
         raise ValueError(
             f"the reference model diverged: its largest error is {worst:g}, of windows "
-            f"with a mean square of {size:g} at most. Lower learning_rate "
-            f"({learning_rate:g})."
+            f"with a mean square of {size:g} at most, with learning_rate="
+            f"{learning_rate:g}. Lower learning_rate."
         )
     num_devices = int(device.max()) + 1
     limits = error_limits(errors, jnp.asarray(device), num_devices)
@@ -459,17 +460,17 @@ def train_detector(
     # Scores that are NaN would be above no threshold: nobody would ever be flagged.
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final)):
         raise ValueError(
-            "the classifier diverged: its parameters are not finite. Lower "
-            f"learning_rate ({learning_rate:g})."
+            "the classifier diverged: its parameters are not finite, with "
+            f"learning_rate={learning_rate:g}. Lower learning_rate."
         )
     detector = Detector(params, final, inputs.max())
     if not highest_score(detector) > 0.5:
         raise ValueError(
             f"the classifier scores no error above {highest_score(detector):.3g}, so "
             f"that nobody would ever be flagged: {int(labels.sum())} of {len(x)} "
-            "windows are anomalous, too few for so short a training. Raise "
-            f"classifier_epochs ({classifier_epochs}) or learning_rate "
-            f"({learning_rate:g})."
+            "windows are anomalous, too few for so short a training, with "
+            f"classifier_epochs={classifier_epochs} and learning_rate="
+            f"{learning_rate:g}. Raise classifier_epochs or learning_rate."
         )
     shown = val[:1]
     training = Training(
@@ -557,8 +558,14 @@ def _fit_classifier(
     sizes = [x.shape[1], *widths, 1]
     keys = jax.random.split(key, len(sizes) - 1)
     he = jax.nn.initializers.he_normal()
+    # The first answer to everything is the share of positives, which are few. From 0
+    # all layers would be driven down to it, and ReLUs that die on the way leave some
+    # keys with one score near 0.5 for every large error.
+    share = (jnp.where(weight, labels, False).sum() + 1) / (weight.sum() + 2)
+    biases = [*map(jnp.zeros, widths), jax.scipy.special.logit(share)[None]]
     layers = tuple(
-        (he(k, (n, m)), jnp.zeros(m)) for k, n, m in zip(keys, sizes[:-1], sizes[1:])
+        (he(k, shape), bias)
+        for k, shape, bias in zip(keys, itertools.pairwise(sizes), biases)
     )
 
     def step(carry: PyTree, _: None) -> tuple[PyTree, None]:
