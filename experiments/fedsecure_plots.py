@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 import fedjax_sim as fs
 from fedjax_sim.client_defenses.reference_model import Training
@@ -182,21 +182,23 @@ def distribution_plot(
     """
     every = np.concatenate([errors for _, errors in found.values()])
     low, high = np.quantile(every[every > 0], [0.001, 0.999])
+    high = max(high, 10 * low)  # so that there is a tick with a number
     with mpl.rc_context(STYLE):
         figure, panels = _panels(2, len(found), 3.0)
         for i, (name, (scores, errors)) in enumerate(found.items()):
             top, bottom = panels[:, i]
             top.hist(scores, bins=np.linspace(0, 1, 26), color=COLOURS[i > 0])
-            top.axvline(threshold, label="the device's threshold", **DASHED)
+            top.axvline(threshold, label=f"threshold of {device}", **DASHED)
             top.set_xlim(0, 1)
             top.set_title(name, fontsize=6.5)
             shown = np.clip(errors, low, high)
             bottom.hist(shown, bins=np.geomspace(low, high, 26), color=COLOURS[i > 0])
             bottom.set_xscale("log")
+            bottom.xaxis.set_minor_formatter(NullFormatter())
             top.set_xlabel("score")
             bottom.set_xlabel("error")
-        panels[0, 0].set_ylabel(f"windows of {device}")
-        panels[1, 0].set_ylabel(f"windows of {device}")
+        panels[0, 0].set_ylabel("windows")
+        panels[1, 0].set_ylabel("windows")
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(), loc="outside lower center"
         )

@@ -287,7 +287,7 @@ def test_attack_rounds_fork_all_systems_from_the_clean_state(tmp_path):
     assert result.histories["dual_system"].round.tolist() == [4, 5]
     assert not clean.byzantine.any()
     # The clean part is the plain run's.
-    plain = run(tmp_path / "plain", rounds=3, eval_every=1)
+    plain = run(tmp_path / "plain", rounds=3, eval_every=1, aggregators=("fedavg",))
     np.testing.assert_allclose(
         clean.accuracy, plain.histories["fedavg_clean"].accuracy, atol=1e-6
     )

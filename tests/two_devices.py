@@ -26,7 +26,7 @@ def main():
     )
     clients, local_test = fs.data.hold_out(clients, 0.2)
     shared = {
-        "model": fs.models.digits_cnn(),
+        "model": fs.models.mlp((8, 8, 1), hidden=(32,)),
         "clients": clients,
         "root": root,
         "test": data.test,
