@@ -70,39 +70,24 @@ def training_plot(training: Training, channels: Sequence[str]) -> Any:
         return figure
 
 
-def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates of every threshold, from (0, 0) to (1, 1).
-
-    Example:
-        >>> fpr, tpr = roc(np.array([0.1, 0.4, 0.4, 0.8]), np.array([0, 0, 1, 1]))
-        >>> fpr.tolist(), tpr.tolist()
-        ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
-    """
-    order = np.argsort(-scores, kind="stable")
-    ranked, positive = scores[order], labels[order].astype(bool)
-    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-    hits, alarms = np.cumsum(positive)[last], np.cumsum(~positive)[last]
-    tpr = np.append(0.0, hits / max(positive.sum(), 1))
-    fpr = np.append(0.0, alarms / max((~positive).sum(), 1))
-    return fpr, tpr
-
-
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under ``roc``; NaN where all labels are alike."""
+    """Area under the ROC curve; NaN where all labels are alike."""
     outputs = jnp.stack([jnp.zeros(len(scores)), jnp.asarray(scores)], axis=1)
     return float(fs.metrics.auc(outputs, jnp.asarray(labels, jnp.int32)))
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """``[[TN, FP], [FN, TP]]`` of scores above 0.5."""
-    said = scores > 0.5
-    return np.array(
-        [[np.sum((said == s) & (labels == t)) for s in (False, True)] for t in (0, 1)]
-    )
+    from sklearn.metrics import confusion_matrix  # slow to import
+
+    found: np.ndarray = confusion_matrix(labels, scores > 0.5, labels=[False, True])
+    return found
 
 
 def classifier_plot(training: Training) -> Any:
     """The paper's figure 9: confusion matrix and ROC curve of the classifier."""
+    from sklearn.metrics import roc_curve  # slow to import
+
     with mpl.rc_context(STYLE):
         figure, ((matrix, curve),) = _panels(1, 2, 2.6)
         counts = confusion(training.scores, training.labels)
@@ -119,7 +104,8 @@ def classifier_plot(training: Training) -> Any:
         matrix.set_ylabel("window is")
         matrix.grid(visible=False)
         area = auc(training.scores, training.labels)
-        curve.plot(*roc(training.scores, training.labels), color=COLOURS[0])
+        fpr, tpr, _ = roc_curve(training.labels, training.scores)
+        curve.plot(fpr, tpr, color=COLOURS[0])
         curve.plot([0, 1], [0, 1], color="0.6", linewidth=0.6, linestyle=(0, (2, 2)))
         curve.set_xlabel("false positive rate")
         curve.set_ylabel("true positive rate")
