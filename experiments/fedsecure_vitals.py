@@ -298,17 +298,18 @@ FLAGS = {
     "Pass calendar_features=False.": "Add --no-calendar.",
     "Leave such records out with skip_empty=True": "Leave such records out with "
     "--skip-unusable",
-    "Lower flat, or leave the record out.": "Leave it out with --skip-unusable.",
+    "Lower flat, ask for other channels, or leave the record out.": "Ask for other "
+    "--channels, or leave the record out with --skip-unusable.",
     "Shorten the windows, fill longer gaps, or leave it out.": "Shorten the windows "
     "(--window), fill longer gaps (--max-gap), move the end of the stretch (--train, "
     "--history), or leave it out (--skip-unusable).",
-    "or change the stretches, windows and gaps.": "or change --train, --history, "
-    "--window or --max-gap.",
+    "ask for other channels, or change the stretches, windows and gaps.": "ask for "
+    "other --channels, or change --train, --history, --window or --max-gap.",
     "Choose fewer records, or another number.": "Choose fewer records in --source, "
     "another number, or --devices None for one a record.",
     "Lower learning_rate.": "Give it other or longer series.",
-    "Raise classifier_epochs or learning_rate.": "Give more of the series, or raise "
-    "--detector-epochs.",
+    "Raise classifier_epochs, or change learning_rate.": "Give more of the "
+    "series, or raise --detector-epochs.",
     "Train the classifier for longer, or lower k, percentile, low or high.": "Give "
     "more of the series, or raise --detector-epochs.",
     "Pass root=, from fs.data.federate(..., root_size=100).": "Raise --root-size.",
@@ -409,10 +410,16 @@ def federate(config: Config, vitals: fs.data.Vitals) -> dict[str, SeriesFederati
         for found in federations.values():
             num_held_out(int(found.history.mask.sum()), config.batch_size)
     count = len(kept)
+    if count < 2:
+        raise ValueError(
+            "the study needs two devices at least, one poisoned and one honest; got "
+            f"{count}. Load more records (--source), or cut them (--devices)."
+        )
     wrong = [number for number in config.poisoned if not 1 <= number <= count]
     if wrong:
         raise ValueError(
-            f"--poisoned must be numbers of devices, from 1 to {count}; got {wrong[0]}."
+            f"--poisoned must be numbers of devices, from 1 to {count}; got "
+            f"{wrong[0]}. Records left out have none: {len(left_out)} here."
         )
     num_poisoned(config, count)
     return federations
@@ -577,7 +584,10 @@ def run(config: Config, console: Console) -> runner.Result:
     rundir.check_out(config)
     runner.start(config.cores)
     for attack in config.attacks:  # before any file is read
-        specs.make_series_attack(attack, len(config.channels), len(STATES))
+        try:
+            specs.make_series_attack(attack, len(config.channels), len(STATES))
+        except ValueError as error:
+            raise ValueError(f"--attacks {attack}: {error}") from None
     vitals = load(config)
     federations = federate(config, vitals)
     make_samples = fs.data.windows(config.window)

@@ -234,7 +234,9 @@ def test_the_names_of_the_paper_s_runs():
         (["--attacks", "label_flip"], "attack on series"),
         (["--defenses", "fedsecur"], "Did you mean 'fedsecure'"),
         (["--defenses", "fedsecure(max_flagged=1)"], "max_flagged"),
-        (["--poisoned", "9"], "from 1 to 4"),
+        (["--poisoned", "9"], "from 1 to 4; got 9. Records left out have none: 0"),
+        (["--attacks", "variability(size=2)"], r"^--attacks variability\(size=2\): "),
+        (["--source", "generated(patients=1)", "--devices", "1"], "two devices at le"),
         (["--poisoned", "1", "1"], "twice"),
         (["--poisoned", "1", "2", "3", "4"], "names all 4 devices: leave at least one"),
         (["--defenses", "sanitization(num_clusters=2)"], "leaves out samples, and not"),
@@ -245,7 +247,7 @@ def test_the_names_of_the_paper_s_runs():
         (["--lr", "0"], "--lr"),
         (["--max-flagged", "1"], "--max-flagged"),
         (["--window", "0"], "--window"),
-        (["--window", "500"], "no window of 500 samples"),
+        (["--window", "500"], "no window of 500 samples .* in its training stretch"),
         (["--devices", "3"], "--devices: the number of devices must be from"),
         (["--source", "generated+bidmc"], "takes one source"),
         (["--source", "generate"], "Did you mean 'generated'"),
@@ -325,7 +327,7 @@ def test_a_device_is_in_all_parts_or_in_none(tmp_path):
     """Of record r1 the history is flat, and the whole training stretch is not."""
     config = dataclasses.replace(parse([*TINY]), history=0.4, poisoned=(2,))
     vitals = patients(200, 200, 200, 200, flat=[1])
-    with pytest.raises(ValueError, match=r"r1 is flat: .* Leave it out with --skip-un"):
+    with pytest.raises(ValueError, match=r"r1 is flat: .* Ask for other --channels"):
         fedsecure_vitals.federate(config, vitals)
     config = dataclasses.replace(config, skip_unusable=True)
     found = fedsecure_vitals.federate(config, vitals)

@@ -420,6 +420,11 @@ def train_detector(
     errors = jax.jit(window_errors)(Detector(params, (), jnp.zeros(())), x)
     worst = float(errors.max())
     size = float(jnp.square(x).mean(axis=(1, 2)).max())
+    if not np.isfinite(size):
+        raise ValueError(
+            "the mean square of some windows is beyond float32. Standardise the series "
+            "that they are cut from."
+        )
     # To rebuild everything as 0 would be an error of ``size`` at most.
     if not worst <= DIVERGED * max(size, 1.0):
         raise ValueError(
@@ -433,8 +438,9 @@ def train_detector(
     if not labels.any():
         raise ValueError(
             f"none of the {len(x)} windows stands out from the others of its device, "
-            "so that the classifier has nothing to learn and would flag nobody. Give "
-            "more of the series, or train for more epochs."
+            "so that the classifier has nothing to learn and would flag nobody: they "
+            "are all alike, or too few, or rebuilt too badly. Give more of the series, "
+            "or train for more epochs."
         )
     own = jax.vmap(lambda d: error_scale(errors, jnp.asarray(device) == d))
     scales = own(jnp.arange(num_devices))
@@ -467,10 +473,10 @@ def train_detector(
     if not highest_score(detector) > 0.5:
         raise ValueError(
             f"the classifier scores no error above {highest_score(detector):.3g}, so "
-            f"that nobody would ever be flagged: {int(labels.sum())} of {len(x)} "
-            "windows are anomalous, too few for so short a training, with "
-            f"classifier_epochs={classifier_epochs} and learning_rate="
-            f"{learning_rate:g}. Raise classifier_epochs or learning_rate."
+            "that nobody would ever be flagged: it has not learned to tell the "
+            f"{int(labels.sum())} of {len(x)} windows that are anomalous, with "
+            f"classifier_epochs={classifier_epochs} and ten times learning_rate="
+            f"{learning_rate:g}. Raise classifier_epochs, or change learning_rate."
         )
     shown = val[:1]
     training = Training(

@@ -371,8 +371,8 @@ def federate_series(
         reasons = [why.partition(". ")[0] for why in left_out.values()]
         raise ValueError(
             f"none of the {len(vitals.records)} records of {vitals.name} can be used: "
-            f"{'; '.join(reasons[:3])}. Load others, or change the stretches, windows "
-            "and gaps."
+            f"{'; '.join(reasons[:3])}. Load others, ask for other channels, or change "
+            "the stretches, windows and gaps."
         )
     inputs = np.concatenate(pools)
     labels = np.asarray(states(jnp.asarray(inputs), edges))
@@ -457,7 +457,8 @@ def _device(
         _Stretch(first, last, _starts(whole[first:last], length))
         for first, last in ((0, known_to_server), (middle, end), (end, steps))
     )
-    for what, stretch in zip(("history", "training", "test"), stretches, strict=True):
+    first = "training" if history is None else "history"
+    for what, stretch in zip((first, "training", "test"), stretches, strict=True):
         if not stretch.starts.any():
             raise ValueError(
                 f"{record.name} has no window of {length} samples and the one after "
@@ -473,8 +474,8 @@ def _device(
             raise ValueError(
                 f"{channel} of {record.name} is flat: its standard deviation is "
                 f"{spread:.3g} over the {known_to_server} samples that its scale is "
-                f"fitted on, and must be above flat={flat:g}. Lower flat, or leave the "
-                "record out."
+                f"fitted on, and must be above flat={flat:g}. Lower flat, ask for "
+                "other channels, or leave the record out."
             )
     columns = [((filled - mean) / sd).astype(np.float32)]
     if calendar_features:

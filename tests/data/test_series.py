@@ -444,10 +444,10 @@ UNUSABLE = {
     "late": (LATE, r"heart_rate of r0 is flat: .* is 0 over the 42 samples .*flat=0.1"),
     "empty": (
         EMPTY,
-        r"r0 has no window of 4 samples .* history stretch: 42 samples, 0 of them .*"
+        r"r0 has no window of 4 samples .* training stretch: 42 samples, 0 of them .*"
         "the most in a row 0. Shorten",
     ),
-    "short": (walk(6), r"history stretch: 4 samples, 4 of them .* in a row 4\. Shor"),
+    "short": (walk(6), r"training stretch: 4 samples, 4 of them .* in a row 4\. Shor"),
     "short test": (walk(13), r"r0 has .* in its test stretch: 4 samples, 4 of them"),
     "gaps": (
         walk(60, 0, [(0, 42 + 4 * i, 1) for i in range(5)]),
