@@ -362,8 +362,8 @@ def train_detector(
 
     Raises:
         TypeError, ValueError: an option out of range, windows that are not finite
-            ``[s, L, F]`` or too few, a training that diverged, no window that stands
-            out, or a classifier that has not learned to tell any.
+            ``[s, L, F]``, too large or too few, a training that diverged, no window
+            that stands out, or a classifier that has not learned to tell any.
 
     Example:
         >>> windows = np.random.default_rng(0).normal(size=(50, 6, 1))
@@ -409,6 +409,12 @@ def train_detector(
             "train_detector needs finite windows; got a NaN or infinity. Leave out the "
             "windows with samples that are missing."
         )
+    size = float(jnp.square(x).mean(axis=(1, 2)).max())
+    if not np.isfinite(size):
+        raise ValueError(
+            "the mean square of some windows is beyond float32. Standardise the series "
+            "that they are cut from."
+        )
     split_key, net_key, fit_key, fold_key, final_key = jax.random.split(key, 5)
     order = jax.random.permutation(split_key, len(x))
     held = num_held_out(len(x), batch_size)
@@ -419,12 +425,6 @@ def train_detector(
     )
     errors = jax.jit(window_errors)(Detector(params, (), jnp.zeros(())), x)
     worst = float(errors.max())
-    size = float(jnp.square(x).mean(axis=(1, 2)).max())
-    if not np.isfinite(size):
-        raise ValueError(
-            "the mean square of some windows is beyond float32. Standardise the series "
-            "that they are cut from."
-        )
     # To rebuild everything as 0 would be an error of ``size`` at most.
     if not worst <= DIVERGED * max(size, 1.0):
         raise ValueError(
