@@ -36,8 +36,17 @@ def pairwise_sq_distances(U: Array, mask: Array | None = None) -> Array:
         [[0.0, 25.0], [25.0, 0.0]]
     """
     mask = jnp.ones(len(U), bool) if mask is None else mask
-    sq_norms = jnp.where(mask, jnp.sum(U * U, axis=1), jnp.inf)
-    middle = jnp.argsort(sq_norms)[jnp.maximum(mask.sum() - 1, 0) // 2]
+    return from_gram(gram(U, mask, middle_row(jnp.sum(U * U, axis=1), mask)))
+
+
+def middle_row(sq_norms: Array, mask: Array) -> Array:
+    """Index of the participants' row of (lower) median norm."""
+    ordered = jnp.argsort(jnp.where(mask, sq_norms, jnp.inf))
+    return ordered[jnp.maximum(mask.sum() - 1, 0) // 2]
+
+
+def gram(U: Array, mask: Array, middle: Array) -> Array:
+    """``[n, n]``: inner products of the rows in ``mask`` less the row ``middle``."""
 
     def gram_of(block: Array, fresh: Array, centre: Array) -> tuple[tuple, Array]:
         used = mask[:, None] & fresh[None]
@@ -45,13 +54,17 @@ def pairwise_sq_distances(U: Array, mask: Array | None = None) -> Array:
         product = jnp.matmul(centred, centred.T, precision=jax.lax.Precision.HIGHEST)
         return (), product
 
-    _, gram = map_columns(gram_of, U, U[middle], block=_CPU_BLOCK)
+    return map_columns(gram_of, U, U[middle], block=_CPU_BLOCK)[1]
+
+
+def from_gram(gram: Array) -> Array:
+    """Squared distances ``[n, n]`` of rows whose inner products these are."""
     sq_norms = jnp.diagonal(gram)
     D = (sq_norms[:, None] - gram) + (sq_norms[None, :] - gram)
     # Overflow leaves inf or inf - inf here: rows that far apart are as far as can be.
-    cap = jnp.finfo(D.dtype).max / (2 * len(U))
+    cap = jnp.finfo(D.dtype).max / (2 * len(gram))
     D = jnp.clip(jnp.where(jnp.isnan(D), cap, D), 0.0, cap)
-    return jnp.where(jnp.eye(len(U), dtype=bool), 0.0, (D + D.T) / 2)
+    return jnp.where(jnp.eye(len(gram), dtype=bool), 0.0, (D + D.T) / 2)
 
 
 def distances_to(U: Array, point: Array) -> Array:

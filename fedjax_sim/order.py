@@ -72,7 +72,7 @@ def mean_of_ranks(
         >>> values.tolist(), shares.tolist()
         ([2.0, 6.0], [0.0, 0.5, 0.5])
     """
-    means, supplied, _ = _of_ranks(U, mask, first, last, moved=False)
+    means, supplied, _ = of_ranks(U, mask, first, last)
     return means, supplied / jnp.maximum(supplied.sum(), 1.0)
 
 
@@ -93,14 +93,23 @@ def supplied_where_moved(
         >>> supplied.tolist(), columns.item()
         ([0.0, 1.0, 1.0], 2.0)
     """
-    return _of_ranks(U, mask, first, last, moved=True)
+    return of_ranks(U, mask, first, last, moved=True)
 
 
 @functools.partial(jax.jit, static_argnames="moved")
-def _of_ranks(
-    U: Array, mask: Array, first: Array | int, last: Array | int, moved: bool
+def of_ranks(
+    U: Array,
+    mask: Array,
+    first: Array | int,
+    last: Array | int,
+    moved: bool = False,
+    real: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Means, values supplied, and columns counted: all, or those that ``moved``."""
+    """Means, values supplied, and columns counted: all, or those that ``moved``.
+
+    With ``real``, ``bool [d]``, only of columns that are.
+    """
+    real = jnp.ones(U.shape[1], bool) if real is None else real
     num_rows = len(U)
     rank = jnp.arange(num_rows)
     ranked = rank < mask.sum()
@@ -110,12 +119,16 @@ def _of_ranks(
     first = jnp.clip(first, 0, num_rows - 1)
     last = jnp.clip(last, 0, num_rows - 1)
 
-    def one_block(block: Array, fresh: Array) -> tuple[Array, tuple[Array, Array]]:
+    def one_block(
+        block: Array, fresh: Array, real: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
         ordered = _sort_rows(jnp.where(mask[:, None], block, jnp.inf))
         mean = jnp.where(kept[:, None], ordered, 0.0).sum(axis=0) / num_kept
 
         low, high = ordered[first], ordered[last]
-        counted = fresh & (mean != 0.0) if moved else fresh
+        counted = fresh & real
+        if moved:
+            counted &= mean != 0.0
         inside = (block >= low[None]) & (block <= high[None])
         inside &= mask[:, None] & counted[None]
 
@@ -141,7 +154,7 @@ def _of_ranks(
         supplied = jax.lax.cond(cut.any(), shared, whole)
         return mean, (supplied, jnp.where(counted, 1.0, 0.0).sum())
 
-    means, (supplied, columns) = map_columns(one_block, U)
+    means, (supplied, columns) = map_columns(one_block, U, real)
     return means, jnp.where(kept.any(), supplied, 0.0), columns
 
 
@@ -194,7 +207,6 @@ def means_without_each(
     return map_columns(one_block, U)[0]
 
 
-@jax.jit
 def mean_near(
     U: Array, mask: Array, centre: Array, count: Array | int
 ) -> tuple[Array, Array]:
@@ -220,14 +232,34 @@ def mean_near(
         >>> means.tolist(), shares.tolist()
         ([3.0, 5.5], [0.0, 0.5, 0.5])
     """
-    num_rows, num_columns = U.shape
+    means, supplied = values_near(U, mask, centre, count)
+    kept = U.shape[1] * jnp.clip(count, 0, mask.sum())
+    return means, supplied / jnp.maximum(kept, 1)
+
+
+@jax.jit
+def values_near(
+    U: Array,
+    mask: Array,
+    centre: Array,
+    count: Array | int,
+    real: Array | None = None,
+) -> tuple[Array, Array]:
+    """The means of ``mean_near``, and how many kept values each client supplied.
+
+    With ``real``, ``bool [d]``, only of columns that are.
+    """
+    num_rows = len(U)
+    real = jnp.ones(U.shape[1], bool) if real is None else real
     rank = jnp.arange(num_rows)
     count = jnp.clip(count, 0, mask.sum())
     # Counts rows up to each row as a cumulative sum would, which is far slower on CPUs.
     # Sums of ones are exact at any precision of the product.
     so_far = jnp.tri(num_rows)
 
-    def one_block(block: Array, fresh: Array, centre: Array) -> tuple[Array, Array]:
+    def one_block(
+        block: Array, fresh: Array, centre: Array, real: Array
+    ) -> tuple[Array, Array]:
         # Distances only say where in the sorted column the kept values start. Comparing
         # a client's distance with the largest one kept would take the same rounding in
         # both, which a compiler that computes the centre twice does not promise.
@@ -267,10 +299,10 @@ def mean_near(
         kept &= count > 0
         num_kept = jnp.maximum(jnp.where(kept, 1.0, 0.0).sum(axis=0), 1.0)
         mean = jnp.where(kept, block, 0.0).sum(axis=0) / num_kept
-        return mean, jnp.where(kept & fresh[None], 1.0, 0.0).sum(axis=1)
+        counted = (fresh & real)[None]
+        return mean, jnp.where(kept & counted, 1.0, 0.0).sum(axis=1)
 
-    means, supplied = map_columns(one_block, U, centre)
-    return means, supplied / jnp.maximum(num_columns * count, 1)
+    return map_columns(one_block, U, centre, real)
 
 
 def median(U: Array, mask: Array | None = None, even: str = "midpoint") -> Array:

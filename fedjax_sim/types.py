@@ -204,6 +204,9 @@ class Aggregator(NamedTuple):
             -> state``, in place of ``init``, which refuses. ``train(key, params) ->
             update`` is the server's own training on its root dataset, as long as for
             ``root_update``.
+        in_passes: the same rule for more updates than fit into memory, or one device:
+            ``(rows, state, context) -> (aggregate float32 [d], state, info)``, with
+            ``passes.Rows`` in place of the updates. None where it has no such form.
     """
 
     init: Callable[[Params, int], PyTree]
@@ -214,6 +217,7 @@ class Aggregator(NamedTuple):
     needs: frozenset[str] = frozenset()
     name: str = "custom"
     pretrain: Callable[[Params, Array, Train], PyTree] | None = None
+    in_passes: Callable[..., tuple[Array, PyTree, AggregatorInfo]] | None = None
 
     @property
     def needs_root(self) -> bool:

@@ -1,10 +1,11 @@
 """Centered clipping: the server's memory, moved by what clients differ from it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     check_length,
     clip_factors,
@@ -105,13 +106,42 @@ def centered_clipping(radius: float | str = "median", num_steps: int = 1) -> Agg
 
         carry = (state.centre, jnp.zeros(len(U)), jnp.zeros(len(U)))
         v, distances, clip = jax.lax.fori_loop(0, num_steps, step, carry)
-        info = AggregatorInfo(
-            weights=weights,
+        aggregate = jnp.where(mask.any(), v, 0.0)
+        return unravel(aggregate), CenteredClippingState(v), info(distances, clip, mask)
+
+    def in_passes(
+        rows: passes.Rows, state: CenteredClippingState, context: RoundContext
+    ) -> tuple[Array, CenteredClippingState, AggregatorInfo]:
+        def step(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+            v = carry[0]
+            if length is None:
+                limit = longest(length, passes.distances_to(rows, v), rows.present)
+            else:
+                limit = jnp.float32(length)
+
+            def part(updates: Array, present: Array) -> tuple[tuple, tuple]:
+                distances = distances_to(updates, v)
+                clip = clip_factors(distances, limit)
+                used = jnp.where(present, clip, 0.0)
+                return (weighted_sum(used, updates), used.sum()), (distances, clip)
+
+            (total, share), (distances, clip) = rows.scan(part)
+            moved = (total - share * v) / jnp.maximum(rows.present.sum(), 1)
+            return v + moved, distances, clip
+
+        v, distances, clip = passes.repeat(num_steps, step, (state.centre,))
+        mask = rows.present
+        aggregate = jnp.where(mask.any(), v, 0.0)
+        return aggregate, CenteredClippingState(v), info(distances, clip, mask)
+
+    def info(distances: Array, clip: Array, mask: Array) -> AggregatorInfo:
+        return AggregatorInfo(
+            weights=normalize(mask.astype(jnp.float32)),
             flagged=~mask,
             scores=jnp.where(mask, distances, jnp.inf),
             details={"clip": jnp.where(mask, clip, 0.0)},
         )
-        aggregate = jnp.where(mask.any(), v, 0.0)
-        return unravel(aggregate), CenteredClippingState(v), info
 
-    return Aggregator(init, apply, validate, name="centered_clipping")
+    return Aggregator(
+        init, apply, validate, name="centered_clipping", in_passes=in_passes
+    )

@@ -87,10 +87,15 @@ def client_shares(mask: Array, context: RoundContext, by_data: bool) -> Array:
 
     Alike also where the context does not say who has how much data.
     """
-    sizes: Array = jnp.ones(len(mask))
-    if by_data and context.num_samples is not None:
-        sizes = context.num_samples.astype(jnp.float32)
+    sizes = client_sizes(len(mask), context, by_data)
     return normalize(jnp.where(mask, sizes, 0.0))
+
+
+def client_sizes(count: int, context: RoundContext, by_data: bool) -> Array:
+    """What ``client_shares`` are the shares of, ``[k]``."""
+    if by_data and context.num_samples is not None:
+        return context.num_samples.astype(jnp.float32)
+    return jnp.ones(count)
 
 
 def check_length(what: str, value: float | str) -> float | None:

@@ -2,9 +2,11 @@
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     WEIGHTING,
     client_shares,
+    client_sizes,
     standard_normal,
     stateless,
     weighted_sum,
@@ -105,10 +107,25 @@ def crfl(
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
         U, mask, unravel = participants(updates, context)
         validate(len(U))
+        weights = client_shares(mask, context, by_data)
+        aggregate = finish(weighted_sum(weights, U), weights, context)
+        scores = jnp.where(mask, 0.0, jnp.inf)
+        return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
+
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        sizes = client_sizes(len(rows), context, by_data)
+        mean, weights, _ = passes.weighted_mean(
+            rows, lambda updates, sizes: (sizes, sizes, ()), sizes
+        )
+        scores = jnp.where(rows.present, 0.0, jnp.inf)
+        info = AggregatorInfo(weights, ~rows.present, scores)
+        return finish(mean, weights, context), state, info
+
+    def finish(mean: Array, weights: Array, context: RoundContext) -> Array:
         w = ravel(require("crfl", context, "params"))
         t = require("crfl", context, "round") + 1
-        weights = client_shares(mask, context, by_data)
-        mean = weighted_sum(weights, U)
         norm = distances_to(mean[None], -w)[0]
         rho = clip_threshold(t, start, slope, cap)
         longer = norm > rho
@@ -117,10 +134,10 @@ def crfl(
         aggregate = factor * mean - (1.0 - factor) * w
         if noise_std > 0:
             key = require("crfl with noise_std > 0", context, "key")
-            aggregate += noise_std * standard_normal(key, U.shape[1])
-        aggregate = jnp.where(weights.any(), aggregate, 0.0)
-        scores = jnp.where(mask, 0.0, jnp.inf)
-        return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
+            aggregate += noise_std * standard_normal(key, len(mean))
+        return jnp.where(weights.any(), aggregate, 0.0)
 
     needs = {"params", "round"} | ({"key"} if noise_std > 0 else set())
-    return Aggregator(stateless, apply, validate, frozenset(needs), "crfl")
+    return Aggregator(
+        stateless, apply, validate, frozenset(needs), "crfl", in_passes=in_passes
+    )

@@ -1,9 +1,11 @@
 """The Dual-System: FLTrust's trust scores behind a Multi-Krum filter."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     assumed_counts,
     normalize,
@@ -188,10 +190,55 @@ def dual_system(
         root, root_norm = root_vector("dual_system", context)
         norms = jnp.linalg.norm(U, axis=1)
         cosine = cosines(U, norms, root, root_norm)
-        trust = jnp.maximum(cosine, 0.0)
-        eligible = mask & (norms > TINY)
         rescaled = root_norm * unit(U, norms)
 
+        def distances(pool: Array) -> Array:
+            return pairwise_sq_distances(rescaled if normalized else U, pool)
+
+        state, info = judge(cosine, norms, mask, distances, state)
+        used = U if variant == "gated_mean" else rescaled
+        aggregate = weighted_sum(info.weights, used)
+        if to_root:
+            aggregate = jnp.where(info.weights.any(), aggregate, root)
+        return unravel(aggregate), state, info
+
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        root, root_norm = root_vector("dual_system", context)
+
+        def look(updates: Array, present: Array) -> tuple[tuple, tuple]:
+            norms = jnp.linalg.norm(updates, axis=1)
+            return (), (norms, cosines(updates, norms, root, root_norm))
+
+        def factors(norms: Array) -> Array:
+            """Of the rescaled rows to the updates."""
+            return root_norm * jnp.where(
+                norms > TINY, 1.0 / jnp.where(norms > TINY, norms, 1.0), 0.0
+            )
+
+        def distances(pool: Array) -> Array:
+            return passes.sq_distances(rows, pool, factors if normalized else None)
+
+        _, (norms, cosine) = rows.scan(look)
+        state, info = judge(cosine, norms, rows.present, distances, state)
+        weights = info.weights
+        if variant != "gated_mean":
+            weights = weights * factors(norms)
+        aggregate = passes.weighted_sum(rows, weights)
+        if to_root:
+            aggregate = jnp.where(info.weights.any(), aggregate, root)
+        return aggregate, state, info
+
+    def judge(
+        cosine: Array,
+        norms: Array,
+        mask: Array,
+        distances_of: Callable[[Array], Array],
+        state: PyTree,
+    ) -> tuple[PyTree, AggregatorInfo]:
+        trust = jnp.maximum(cosine, 0.0)
+        eligible = mask & (norms > TINY)
         if variant == "dynamic_trust":
             threshold = _next_threshold(state.threshold, cosine, eligible, options)
             state = DualSystemState(threshold)
@@ -203,8 +250,7 @@ def dual_system(
         present = mask & gate if gate_first else mask
         pool = present & eligible
         num_rows, f = assumed_counts(present, max_byzantine)
-        distances = pairwise_sq_distances(rescaled if normalized else U, pool)
-        scores = krum_scores(distances, pool, num_rows - f - 2)
+        scores = krum_scores(distances_of(pool), pool, num_rows - f - 2)
         m = num_rows - f - 2 if num_selected is None else num_selected
         if gate_first:
             keep = jnp.where(num_rows < f + 3, pool, lowest(scores, m))
@@ -218,7 +264,6 @@ def dual_system(
         details["trust"] = jnp.where(keep, trust, 0.0)
         if variant == "gated_mean":
             weights = normalize(keep.astype(jnp.float32))
-            aggregate = weighted_sum(weights, U)
         else:
             raw_weights = details["trust"]
             if variant == "soft":
@@ -226,16 +271,14 @@ def dual_system(
                 raw_weights = raw_weights * details["kappa"]
                 keep = raw_weights > 0
             weights = normalize(raw_weights, TINY)
-            aggregate = weighted_sum(weights, rescaled)
         if variant == "dynamic_trust":
-            details["threshold"] = jnp.full(len(U), threshold)
-        if to_root:
-            aggregate = jnp.where(weights.any(), aggregate, root)
-        info = AggregatorInfo(weights, ~keep, scores, details)
-        return unravel(aggregate), state, info
+            details["threshold"] = jnp.full(len(mask), threshold)
+        return state, AggregatorInfo(weights, ~keep, scores, details)
 
     needs = frozenset({"root_update"})
-    return Aggregator(init, apply, validate, needs, "dual_system")
+    return Aggregator(
+        init, apply, validate, needs, "dual_system", in_passes=in_passes
+    )
 
 
 def _options(variant: str, given: dict[str, Any]) -> dict[str, Any]:

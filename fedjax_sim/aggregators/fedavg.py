@@ -2,10 +2,23 @@
 
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import WEIGHTING, client_shares, weighted_sum
+from fedjax_sim import passes
+from fedjax_sim.aggregators.common import (
+    WEIGHTING,
+    client_shares,
+    client_sizes,
+    weighted_sum,
+)
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, lookup
-from fedjax_sim.types import Aggregator, AggregatorInfo, Params, PyTree, RoundContext
+from fedjax_sim.types import (
+    Aggregator,
+    AggregatorInfo,
+    Array,
+    Params,
+    PyTree,
+    RoundContext,
+)
 
 _DENOMINATOR = {"cohort": False, "total": True}
 
@@ -69,4 +82,17 @@ def fedavg(weighting: str = "data", denominator: str = "cohort") -> Aggregator:
         scores = jnp.where(mask, 0.0, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(init, apply, validate, name="fedavg")
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        sizes = client_sizes(len(rows), context, by_data)
+        mean, weights, _ = passes.weighted_mean(
+            rows, lambda updates, sizes: (sizes, sizes, ()), sizes
+        )
+        mask = rows.present
+        if over_all:
+            mean = mean * (mask.sum() / state)
+        scores = jnp.where(mask, 0.0, jnp.inf)
+        return mean, state, AggregatorInfo(weights, ~mask, scores)
+
+    return Aggregator(init, apply, validate, name="fedavg", in_passes=in_passes)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     normalize,
     root_vector,
@@ -73,16 +74,36 @@ def fltrust() -> Aggregator:
         root, root_norm = root_vector("fltrust", context)
         norms = jnp.linalg.norm(U, axis=1)
         cosine = cosines(U, norms, root, root_norm)
-        trust = jnp.maximum(cosine, 0.0)
-        weights = normalize(trust, TINY)
+        weights = normalize(jnp.maximum(cosine, 0.0), TINY)
         scale = weights * root_norm / jnp.where(norms > TINY, norms, 1.0)
-        info = AggregatorInfo(
-            weights=weights,
-            flagged=trust == 0,
-            scores=jnp.where(mask, 1.0 - cosine, jnp.inf),
-            details={"cosine": cosine, "trust": trust},
-        )
+        info = _info(weights, cosine, mask)
         return unravel(weighted_sum(scale, U)), state, info
 
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        root, root_norm = root_vector("fltrust", context)
+
+        def weigh(updates: Array) -> tuple[Array, Array, Array]:
+            norms = jnp.linalg.norm(updates, axis=1)
+            cosine = cosines(updates, norms, root, root_norm)
+            trust = jnp.maximum(cosine, 0.0)
+            return trust * root_norm / jnp.where(norms > TINY, norms, 1.0), trust, cosine
+
+        mean, weights, cosine = passes.weighted_mean(rows, weigh, floor=TINY)
+        return mean, state, _info(weights, cosine, rows.present)
+
     needs = frozenset({"root_update"})
-    return Aggregator(stateless, apply, validate, needs, "fltrust")
+    return Aggregator(
+        stateless, apply, validate, needs, "fltrust", in_passes=in_passes
+    )
+
+
+def _info(weights: Array, cosine: Array, mask: Array) -> AggregatorInfo:
+    trust = jnp.maximum(cosine, 0.0)
+    return AggregatorInfo(
+        weights=weights,
+        flagged=trust == 0,
+        scores=jnp.where(mask, 1.0 - cosine, jnp.inf),
+        details={"cosine": cosine, "trust": trust},
+    )

@@ -1,11 +1,15 @@
 """The geometric median, by a few smoothed Weiszfeld steps (RFA)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     WEIGHTING,
     client_shares,
+    client_sizes,
     normalize,
     stateless,
     weighted_sum,
@@ -99,4 +103,26 @@ def geometric_median(
         scores = jnp.where(mask, distances, jnp.inf)
         return unravel(z), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(stateless, apply, validate, name="geometric_median")
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        sizes = client_sizes(len(rows), context, by_data)
+        z = jnp.zeros(rows.size)
+        if from_mean:
+            z = passes.weighted_mean(rows, lambda U, size: (size, size, ()), sizes)[0]
+
+        def step(_: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+            def weigh(updates: Array, size: Array) -> tuple[Array, Array, Array]:
+                distances = distances_to(updates, carry[0])
+                weight = size / jnp.maximum(distances, floor)
+                return weight, weight, distances
+
+            return passes.weighted_mean(rows, weigh, sizes)
+
+        z, weights, distances = passes.repeat(num_steps, step, (z,))
+        scores = jnp.where(rows.present, distances, jnp.inf)
+        return z, state, AggregatorInfo(weights, ~rows.present, scores)
+
+    return Aggregator(
+        stateless, apply, validate, name="geometric_median", in_passes=in_passes
+    )

@@ -4,6 +4,7 @@ import warnings
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     assumed_counts,
     check_cohort,
@@ -19,7 +20,7 @@ from fedjax_sim.distances import (
 )
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, lookup, require
-from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 # Neighbours summed: those that take part, minus f, minus this.
 _NEIGHBOURS = {"n-f-2": 2, "n-f-1": 1, "n-f": 0}
@@ -102,17 +103,27 @@ def krum(
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
         U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
+        info = choose(pairwise_sq_distances(U, mask), mask)
+        chosen = ~info.flagged
+        aggregate = jnp.where(chosen.any(), U[jnp.argmax(chosen)], 0.0)
+        return unravel(aggregate), state, info
+
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        distances = passes.sq_distances(rows)
+        info = choose(distances, rows.present)
+        return passes.weighted_sum(rows, info.weights), state, info
+
+    def choose(distances: Array, mask: Array) -> AggregatorInfo:
         num_rows, f = assumed_counts(mask, max_byzantine)
-        distances = pairwise_sq_distances(U, mask)
         if not squared:
             distances = jnp.sqrt(distances)
         scores = krum_scores(distances, mask, num_rows - f - fewer)
         chosen = lowest(scores, 1) & (num_rows >= 2 * f + 3)
-        aggregate = jnp.where(chosen.any(), U[jnp.argmax(chosen)], 0.0)
-        info = AggregatorInfo(chosen.astype(jnp.float32), ~chosen, scores)
-        return unravel(aggregate), state, info
+        return AggregatorInfo(chosen.astype(jnp.float32), ~chosen, scores)
 
-    return Aggregator(stateless, apply, validate, name="krum")
+    return Aggregator(stateless, apply, validate, name="krum", in_passes=in_passes)
 
 
 def multi_krum(
@@ -184,13 +195,23 @@ def multi_krum(
     ) -> tuple[PyTree, PyTree, AggregatorInfo]:
         U, mask, unravel = participants(updates, context, zero=False)
         validate(len(U))
+        info = select(pairwise_sq_distances(U, mask), mask, context)
+        return unravel(weighted_sum(info.weights, U, mask)), state, info
+
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        distances = passes.sq_distances(rows)
+        info = select(distances, rows.present, context)
+        return passes.weighted_sum(rows, info.weights), state, info
+
+    def select(distances: Array, mask: Array, context: RoundContext) -> AggregatorInfo:
         num_rows, f = assumed_counts(mask, max_byzantine)
-        distances = pairwise_sq_distances(U, mask)
         scores = krum_scores(distances, mask, num_rows - f - 2)
         if iterative:
             steps = num_rows - 2 * f - 2
             picked = krum_order(distances, mask, steps, lambda left: left - f - 2)
-            keep = picked < len(U)
+            keep = picked < len(mask)
         else:
             keep = lowest(scores, num_selected or num_rows - f - 2)
         keep &= num_rows >= 2 * f + 3
@@ -198,9 +219,9 @@ def multi_krum(
         if weighted:
             sizes = require("multi_krum with weighted=True", context, "num_samples")
             weights = jnp.where(keep, sizes, 0.0)
-        weights = normalize(weights)
-        info = AggregatorInfo(weights, ~keep, scores)
-        return unravel(weighted_sum(weights, U, mask)), state, info
+        return AggregatorInfo(normalize(weights), ~keep, scores)
 
     needs = frozenset({"num_samples"}) if weighted else frozenset()
-    return Aggregator(stateless, apply, validate, needs, "multi_krum")
+    return Aggregator(
+        stateless, apply, validate, needs, "multi_krum", in_passes=in_passes
+    )

@@ -1,11 +1,18 @@
 """Coordinate-wise means around a centre: MeaMed (the median), Phocas (trimmed mean)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import assumed_counts, check_cohort, stateless
-from fedjax_sim.order import mean_near, median, trimmed_mean
+from fedjax_sim import passes
+from fedjax_sim.aggregators.common import (
+    assumed_counts,
+    check_cohort,
+    normalize,
+    stateless,
+)
+from fedjax_sim.order import mean_near, median, trimmed_mean, values_near
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count
 from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
@@ -124,4 +131,17 @@ def _mean_around(
         scores = jnp.where(mask, 1.0 - weights, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(stateless, apply, validate, name=name)
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        def part(block: Array, real: Array, mask: Array, norms: Array) -> Any:
+            num_rows, f = assumed_counts(mask, max_byzantine)
+            middle = centre(block, mask, f)
+            return values_near(block, mask, middle, num_rows - f, real)
+
+        aggregate, supplied = rows.columns(part)
+        weights = normalize(supplied)
+        scores = jnp.where(rows.present, 1.0 - weights, jnp.inf)
+        return aggregate, state, AggregatorInfo(weights, ~rows.present, scores)
+
+    return Aggregator(stateless, apply, validate, name=name, in_passes=in_passes)

@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import stateless
 from fedjax_sim.order import mean_of_ranks, median_ranks
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count
-from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 
 def median(even: str = "midpoint") -> Aggregator:
@@ -59,4 +60,11 @@ def median(even: str = "midpoint") -> Aggregator:
         scores = jnp.where(mask, 1.0 - weights, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(stateless, apply, validate, name="median")
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        aggregate, weights = passes.mean_of_ranks(rows, lambda n: median_ranks(n, even))
+        scores = jnp.where(rows.present, 1.0 - weights, jnp.inf)
+        return aggregate, state, AggregatorInfo(weights, ~rows.present, scores)
+
+    return Aggregator(stateless, apply, validate, name="median", in_passes=in_passes)

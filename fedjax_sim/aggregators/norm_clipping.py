@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import (
     check_length,
     clip_factors,
@@ -13,7 +14,7 @@ from fedjax_sim.aggregators.common import (
 )
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, check_number, lookup, require
-from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 _MODES = {"clip": False, "reject": True}
 
@@ -80,21 +81,53 @@ def norm_clipping(
         validate(len(U))
         norms = jnp.linalg.norm(U, axis=1)
         limit = longest(length, norms, mask)
-        clip = clip_factors(norms, limit)
         keep = mask & (norms <= limit) if rejects else mask
         weights = normalize(keep.astype(jnp.float32))
-        aggregate = weighted_sum(weights * clip, U)
+        aggregate = weighted_sum(weights * clip_factors(norms, limit), U)
+        aggregate, info = finish(aggregate, weights, norms, limit, mask, context)
+        return unravel(aggregate), state, info
+
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        if length is None:
+            norms = passes.norms(rows)
+            limit = longest(length, norms, rows.present)
+        else:
+            limit = jnp.float32(length)
+
+        def weigh(updates: Array) -> tuple[Array, Array, Array]:
+            norms = jnp.linalg.norm(updates, axis=1)
+            counts = norms <= limit if rejects else jnp.ones(len(norms))
+            weight = counts.astype(jnp.float32)
+            return weight * clip_factors(norms, limit), weight, norms
+
+        mean, weights, norms = passes.weighted_mean(rows, weigh)
+        mean, info = finish(mean, weights, norms, limit, rows.present, context)
+        return mean, state, info
+
+    def finish(
+        aggregate: Array,
+        weights: Array,
+        norms: Array,
+        limit: Array,
+        mask: Array,
+        context: RoundContext,
+    ) -> tuple[Array, AggregatorInfo]:
+        keep = mask & (norms <= limit) if rejects else mask
         if noise_std > 0:
             key = require("norm_clipping with noise_std > 0", context, "key")
-            noise = noise_std * standard_normal(key, U.shape[1])
+            noise = noise_std * standard_normal(key, len(aggregate))
             aggregate += jnp.where(keep.any(), noise, 0.0)
-        info = AggregatorInfo(
+        clip = jnp.where(mask, clip_factors(norms, limit), 0.0)
+        return aggregate, AggregatorInfo(
             weights=weights,
             flagged=~keep,
             scores=jnp.where(mask, norms, jnp.inf),
-            details={} if rejects else {"clip": jnp.where(mask, clip, 0.0)},
+            details={} if rejects else {"clip": clip},
         )
-        return unravel(aggregate), state, info
 
     needs = frozenset({"key"}) if noise_std > 0 else frozenset()
-    return Aggregator(stateless, apply, validate, needs, "norm_clipping")
+    return Aggregator(
+        stateless, apply, validate, needs, "norm_clipping", in_passes=in_passes
+    )

@@ -3,11 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.aggregators.common import client_shares, stateless, weighted_sum
+from fedjax_sim import passes
+from fedjax_sim.aggregators.common import (
+    client_shares,
+    client_sizes,
+    normalize,
+    stateless,
+    weighted_sum,
+)
 from fedjax_sim.order import mean_of_ranks, median_ranks
 from fedjax_sim.pytrees import participants, reduce_clients
 from fedjax_sim.registry import check_count, lookup
-from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 _BASES = {"mean": False, "median": True}
 
@@ -89,4 +96,32 @@ def robust_learning_rate(threshold: int = 4, base: str = "mean") -> Aggregator:
         scores = jnp.where(mask, suspicion, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(stateless, apply, validate, name="robust_learning_rate")
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        sizes = client_sizes(len(rows), context, by_data=True)
+
+        def part(updates: Array, present: Array, sizes: Array) -> tuple[tuple, Array]:
+            sizes = jnp.where(present, sizes, 0.0)
+            return (weighted_sum(sizes, updates), jnp.sign(updates).sum(axis=0)), sizes
+
+        (total, signs), sizes = rows.scan(part, sizes)
+        mask = rows.present & (rows.present.sum() >= threshold)
+        suspicion = jnp.zeros(len(rows))
+        if by_median:
+            aggregate, weights = passes.mean_of_ranks(rows, median_ranks)
+            enough = mask.any()
+            aggregate = jnp.where(enough, aggregate, 0.0)
+            weights = jnp.where(enough, weights, 0.0)
+            suspicion = 1.0 - weights
+        else:
+            sizes = jnp.where(mask, sizes, 0.0)
+            weights, weight = normalize(sizes), sizes.sum()
+            aggregate = jnp.where(weight > 0.0, total / jnp.maximum(weight, 1.0), 0.0)
+        aggregate = jnp.where(jnp.abs(signs) >= threshold, aggregate, -aggregate)
+        scores = jnp.where(mask, suspicion, jnp.inf)
+        return aggregate, state, AggregatorInfo(weights, ~mask, scores)
+
+    return Aggregator(
+        stateless, apply, validate, name="robust_learning_rate", in_passes=in_passes
+    )

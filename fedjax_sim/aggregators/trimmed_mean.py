@@ -4,11 +4,12 @@ import math
 
 import jax.numpy as jnp
 
+from fedjax_sim import passes
 from fedjax_sim.aggregators.common import assumed_counts, check_cohort, stateless
 from fedjax_sim.order import mean_of_ranks
 from fedjax_sim.pytrees import participants
 from fedjax_sim.registry import check_count, check_number
-from fedjax_sim.types import Aggregator, AggregatorInfo, PyTree, RoundContext
+from fedjax_sim.types import Aggregator, AggregatorInfo, Array, PyTree, RoundContext
 
 
 def trimmed_mean(
@@ -82,4 +83,17 @@ def trimmed_mean(
         scores = jnp.where(mask, 1.0 - weights, jnp.inf)
         return unravel(aggregate), state, AggregatorInfo(weights, ~mask, scores)
 
-    return Aggregator(stateless, apply, validate, name="trimmed_mean")
+    def in_passes(
+        rows: passes.Rows, state: PyTree, context: RoundContext
+    ) -> tuple[Array, PyTree, AggregatorInfo]:
+        def kept(num_rows: Array) -> tuple[Array, Array]:
+            b = jnp.maximum(cut(len(rows)) - (len(rows) - num_rows), 0)
+            return b, num_rows - 1 - b
+
+        aggregate, weights = passes.mean_of_ranks(rows, kept)
+        scores = jnp.where(rows.present, 1.0 - weights, jnp.inf)
+        return aggregate, state, AggregatorInfo(weights, ~rows.present, scores)
+
+    return Aggregator(
+        stateless, apply, validate, name="trimmed_mean", in_passes=in_passes
+    )
