@@ -504,6 +504,63 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
         _check_client_defense(sim, sim.client_defense, cohort)
 
 
+def check_passes(sim: "Simulation", cohort: int) -> None:
+    """A round whose updates are held by no one can be played.
+
+    Raises:
+        TypeError: the rule's or the attack's form in passes returns something else than
+            it should.
+        ValueError: rule or attack has no such form, or one update is too much.
+    """
+    if sim.update_memory is None:
+        return
+    check_count("update_memory (bytes)", sim.update_memory, 1)
+    if not sim.in_passes:
+        return
+    whole, one = 4 * cohort * sim.num_params, 4 * sim.num_params
+    given = f"update_memory={sim.update_memory:,} bytes"
+    if sim.num_devices > 1:
+        given += f" on each of {sim.num_devices} devices"
+    why = (
+        f"with {given} no device holds all updates of a round ({cohort} clients of "
+        f"{sim.num_params:,} parameters: {whole:,} bytes)"
+    )
+    way_out = (
+        "leave update_memory out to hold them all, on every device; or take a smaller "
+        "cohort_size"
+    )
+    if sim.update_memory < one:
+        raise ValueError(
+            f"update_memory must hold at least one update of {sim.num_params:,} "
+            f"parameters, {one:,} bytes; got {sim.update_memory:,}. Raise it."
+        )
+    if sim.local_test is not None:
+        raise ValueError(
+            f"{why}, but local_test asks for the model of every client. Leave "
+            f"local_test out, or {way_out}."
+        )
+    if sim.aggregator.in_passes is None:
+        raise ValueError(
+            f"{why}, and {sim.aggregator.name} has no form that sees them in passes. "
+            f"{way_out.capitalize()}; or use a rule that has one, such as fedavg, "
+            "fltrust, multi_krum, dual_system, median (docs/scale.md has them all)."
+        )
+    attack = sim.attack
+    if attack is not None and attack.in_passes is None:
+
+        def memory(key: jax.Array) -> PyTree:
+            return attack.init(sim.model.init(key), sim.num_clients)
+
+        remembers = bool(jax.tree.leaves(jax.eval_shape(memory, jax.random.key(0))))
+        if attack.knowledge != "own" or (remembers and not attack.strength):
+            raise ValueError(
+                f"{why}, and the attack {attack.name} ({attack.knowledge}) has no form "
+                f"that sees them in passes. {way_out.capitalize()}; or use an attack "
+                "that knows its own update only, such as sign_flip, or alie, ipm, "
+                "gaussian or model_replacement."
+            )
+
+
 def _check_client_defense(
     sim: "Simulation", defense: ClientDefense, cohort: int
 ) -> None:

@@ -17,6 +17,8 @@ from fedjax_sim import distances, order
 from fedjax_sim.sharding import AXIS
 from fedjax_sim.types import Array, PyTree
 
+# From the number of rows that take part to the first and the last rank kept.
+Ranks = Callable[[Array], tuple[Array | int, Array | int]]
 # Bits of a float32 that one pass of ``mean_of_ranks`` settles, out of 32.
 _DIGIT = 4
 # Passes of a rank by its digits: 8, and one for what lies between two ranks.
@@ -172,8 +174,9 @@ class Rows:
         Returns:
             The joined values ``[..., d]`` and the sums.
         """
-        P, blocks = self.num_devices, self.num_blocks
-        width = -(-self.size // (blocks * P))
+        P = self.num_devices
+        width = -(-self.size // (self.num_blocks * P))  # of a device
+        blocks = -(-self.size // (P * width))
         padded = blocks * P * width
         vectors = tuple(
             jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, padded - self.size),))
@@ -219,7 +222,8 @@ class Rows:
         """Held rows looked at together: whole chunks, not too many numbers."""
         most = max(_HELD_CHUNK // (self.size * self._chunk), 1)
         together = next(
-            n for n in range(min(most, self._num_chunks), 0, -1)
+            n
+            for n in range(min(most, self._num_chunks), 0, -1)
             if self._num_chunks % n == 0
         )
         return together * self._chunk
@@ -237,7 +241,12 @@ class Rows:
         self._held, self._trained["here"] = held, extras
 
     def _places(self, i: Array, chunk: int) -> Array:
-        """Places in the cohort of the rows of a chunk, from ``count`` on padding."""
+        """Places in the cohort of the rows of a chunk; the last again for padding."""
+        places = self._unbounded(i, chunk)
+        return jnp.minimum(places, self.count - 1)
+
+    def _unbounded(self, i: Array, chunk: int) -> Array:
+        """The same, from ``count`` on where a row is padding."""
         me = jax.lax.axis_index(AXIS) if self.num_devices > 1 else 0
         return me * self._here + i * chunk + jnp.arange(chunk)
 
@@ -253,8 +262,7 @@ class Rows:
 
         def visit(i: Array) -> Any:
             places = self._places(i, chunk)
-            real = places < self.count
-            places = jnp.minimum(places, self.count - 1)
+            real = self._unbounded(i, chunk) < self.count
             if self._held is None:
                 updates, extras = self._make(places)
             else:
@@ -277,8 +285,7 @@ class Rows:
             block: Any = ()
             if columns is not None:
                 start, width = columns
-                rest = -self.size % width
-                wide = jnp.pad(updates, ((0, 0), (0, rest))) if rest else updates
+                wide = jnp.pad(updates, ((0, 0), (0, -self.size % width)))
                 block = (
                     jax.lax.dynamic_slice_in_dim(wide, start, width, 1),
                     jnp.where(present, jnp.sqrt(squares), 0.0),
@@ -420,9 +427,7 @@ def weighted_sum(rows: Rows, weights: Array) -> Array:
     return rows.scan(part, weights)[0]
 
 
-def mean_of_ranks(
-    rows: Rows, ranks: Callable[[Array], tuple[Array, Array]]
-) -> tuple[Array, Array]:
+def mean_of_ranks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
     """``order.mean_of_ranks``: per column the mean of the values of some ranks.
 
     By blocks of columns as long as those take no more passes than by digits. By digits,
@@ -452,7 +457,7 @@ def mean_of_ranks(
     return means, supplied / jnp.maximum(supplied.sum(), 1.0)
 
 
-def _by_blocks(rows: Rows, ranks: Callable[[Array], tuple]) -> tuple[Array, Array]:
+def _by_blocks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
     def part(block: Array, real: Array, present: Array, norms: Array) -> Any:
         first, last = ranks(present.sum())
         means, supplied, _ = order.of_ranks(block, present, first, last, real=real)
@@ -461,7 +466,7 @@ def _by_blocks(rows: Rows, ranks: Callable[[Array], tuple]) -> tuple[Array, Arra
     return rows.columns(part)
 
 
-def _by_digits(rows: Rows, ranks: Callable[[Array], tuple]) -> tuple[Array, Array]:
+def _by_digits(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
     digits = jnp.arange(1 << _DIGIT, dtype=jnp.uint32)
     columns = jnp.arange(rows.size)
 

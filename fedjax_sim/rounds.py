@@ -1,7 +1,8 @@
 """One communication round of several systems at once, as a pure function.
 
 The clients of all systems are trained together (``training``); attack, aggregation and
-server step then follow system by system.
+server step then follow system by system. Where nobody holds all updates, every system
+plays its round by itself (``streaming``).
 """
 
 import functools
@@ -12,15 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.cohorts import Defended, defend_cohorts
-from fedjax_sim.evaluation import (
-    evaluate_clients,
-    evaluate_systems,
-    make_root_scores,
-)
-from fedjax_sim.metrics import detection
-from fedjax_sim.pytrees import finite_rows, ravel, ravel_clients, unraveler
+from fedjax_sim.evaluation import evaluate_clients, evaluate_systems
+from fedjax_sim.outcome import Outcome, close_round, make_context
+from fedjax_sim.pytrees import finite_rows, ravel_clients, unraveler
 from fedjax_sim.sharding import share_out
-from fedjax_sim.state import AGGREGATE, ATTACK, Arrays, History, RoundState, stream
+from fedjax_sim.state import AGGREGATE, Arrays, History, RoundState, stream
+from fedjax_sim.streaming import play_in_passes
 from fedjax_sim.training import Trained, train_cohorts, train_roots
 from fedjax_sim.types import (
     Aggregator,
@@ -55,7 +53,7 @@ def apply_rule(
     return aggregate, state, info, finite
 
 
-def finish_round(
+def aggregate_round(
     sim: "Simulation",
     state: RoundState,
     clients: Clients,
@@ -63,28 +61,14 @@ def finish_round(
     defended: Defended | None,
     root_update: Array | None,
     root: Clients | None,
-) -> tuple[RoundState, History]:
-    """Attack, aggregation, server step and the round's metrics of one system."""
+) -> Outcome:
+    """Attack and aggregation of one system, on all updates at once."""
     ids, rows, client_states, info, samples = trained
     sizes = clients.mask[ids].sum(axis=1) if defended is None else samples["samples"]
-    unravel = unraveler(state.params)
+    context = make_context(sim, state, ids, sizes, root_update, root)
     # Attacks and rules ravel what is unraveled here, and XLA drops both. It cannot once
     # it has joined these cuts with the cut of this system's rows: hence the barrier.
-    updates = jax.vmap(unravel)(jax.lax.optimization_barrier(rows))
-    byzantine = state.byzantine[ids]
-    context = RoundContext(
-        key=stream(state, ATTACK),
-        params=state.params,
-        previous_params=state.previous_params,
-        previous_aggregate=state.previous_aggregate,
-        round=state.round,
-        client_ids=ids,
-        num_samples=sizes.astype(jnp.float32),
-        mask=None if defended is None else sizes > 0,
-        root_update=None if root_update is None else unravel(root_update),
-        root_scores=None if root is None else make_root_scores(sim.model, root),
-        byzantine=byzantine,
-    )
+    updates = jax.vmap(unraveler(state.params))(jax.lax.optimization_barrier(rows))
     attack_state = state.attack
     if sim.attack is not None:
 
@@ -98,58 +82,31 @@ def finish_round(
     aggregate, rule_state, verdict, finite = apply_rule(
         sim.aggregator, updates, state.aggregator, context
     )
-    step, optimizer = sim.server_optimizer.update(
-        jax.tree.map(jnp.negative, aggregate), state.optimizer, state.params
+    return Outcome(
+        ids,
+        info.loss,
+        client_states,
+        samples,
+        attack_state,
+        aggregate,
+        rule_state,
+        verdict,
+        finite,
     )
-    params = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), state.params, step)
-    new_state = RoundState(
-        params=params,
-        previous_params=state.params,
-        previous_aggregate=aggregate,
-        aggregator=rule_state,
-        attack=attack_state,
-        defense=state.defense if defended is None else defended.state,
-        optimizer=optimizer,
-        clients=jax.tree.map(
-            lambda x, y: x.at[ids].set(y), state.clients, client_states
-        ),
-        byzantine=state.byzantine,
-        key=state.key,
-        round=state.round + 1,
-    )
-    found = detection(verdict.flagged, byzantine)
-    honest = jnp.logical_not(byzantine) & jnp.isfinite(info.loss)
-    unknown = jnp.full((), jnp.nan, jnp.float32)
-    norm = jnp.linalg.norm(ravel(aggregate))
-    history = History(
-        round=new_state.round,
-        accuracy=unknown,
-        loss=unknown,
-        auc=unknown,
-        balanced_accuracy=unknown,
-        attack_success=unknown,
-        class_recall=jnp.full(sim.num_classes, jnp.nan, jnp.float32),
-        class_specificity=jnp.full(sim.num_classes, jnp.nan, jnp.float32),
-        train_loss=jnp.where(honest, info.loss, 0.0).sum() / honest.sum(),
-        aggregate_norm=norm,
-        num_byzantine=found.num_byzantine,
-        num_flagged=found.num_flagged,
-        num_nonfinite=jnp.logical_not(finite).sum(dtype=jnp.int32),
-        # A rule that falls back on the root update moves the model without a client.
-        no_aggregate=jnp.all(verdict.weights == 0) & (norm == 0.0),
-        tpr=found.tpr,
-        fpr=found.fpr,
-        fnr=found.fnr,
-        client_ids=ids,
-        byzantine=byzantine,
-        weights=verdict.weights,
-        flagged=verdict.flagged,
-        scores=verdict.scores,
-        details=verdict.details,
-        local={},
-        defense={} if defended is None else samples | defended.info,
-    )
-    return new_state, history
+
+
+def finish_round(
+    sim: "Simulation",
+    state: RoundState,
+    clients: Clients,
+    trained: Trained,
+    defended: Defended | None,
+    root_update: Array | None,
+    root: Clients | None,
+) -> tuple[RoundState, History]:
+    """Attack, aggregation, server step and the round's metrics of one system."""
+    outcome = aggregate_round(sim, state, clients, trained, defended, root_update, root)
+    return close_round(sim, state, defended, outcome)
 
 
 def play_round(
@@ -164,27 +121,33 @@ def play_round(
     ``round`` is that of the states, which hold one for every seed.
     """
     defended = defend_cohorts(sims, states, arrays.clients, round)
-    trained = train_cohorts(sims, states, arrays, defended)
     roots = train_roots(sims, states, arrays)
-    finished = share_out(
-        {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
-        {
-            n: (
-                states[n],
-                arrays.clients,
-                trained[n],
-                defended.get(n),
-                roots.get(n),
-                arrays.root if "root_scores" in sim.needs else None,
-            )
+    updates: dict[str, Array] = {}
+    if next(iter(sims.values())).in_passes:
+        finished = {
+            n: play_in_passes(sim, states[n], arrays, defended.get(n), roots.get(n))
             for n, sim in sims.items()
-        },
-        next(iter(sims.values())).num_devices,
-    )
+        }
+    else:
+        trained = train_cohorts(sims, states, arrays, defended)
+        updates = {name: own.updates for name, own in trained.items()}
+        finished = share_out(
+            {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
+            {
+                n: (
+                    states[n],
+                    arrays.clients,
+                    trained[n],
+                    defended.get(n),
+                    roots.get(n),
+                    arrays.root if "root_scores" in sim.needs else None,
+                )
+                for n, sim in sims.items()
+            },
+            next(iter(sims.values())).num_devices,
+        )
     new_states = {name: state for name, (state, _) in finished.items()}
     histories = {name: history for name, (_, history) in finished.items()}
-
-    updates = {name: own.updates for name, own in trained.items()}
 
     def measure(params: Mapping[str, Params]) -> dict[str, Any]:
         found: dict[str, Any] = {name: {} for name in sims}

@@ -115,6 +115,26 @@ def over_devices(
     return run
 
 
+def on_every_device(
+    f: Callable[..., PyTree], num_devices: int
+) -> Callable[..., PyTree]:
+    """``f`` run by all devices at once, which agree on its results.
+
+    Each gets all arguments; what a device does of its own it tells by
+    ``jax.lax.axis_index(AXIS)``.
+    """
+    if num_devices == 1:
+        return f
+    everywhere = PartitionSpec()
+    return jax.shard_map(
+        f,
+        mesh=device_mesh(num_devices),
+        in_specs=everywhere,
+        out_specs=everywhere,
+        check_vma=False,
+    )
+
+
 def share_out(
     calls: Mapping[str, Callable[..., PyTree]],
     args: Mapping[str, tuple],
@@ -152,14 +172,7 @@ def share_out(
             for name, results in found.items()
         }
 
-    everywhere = PartitionSpec()
-    found = jax.shard_map(
-        part,
-        mesh=device_mesh(num_devices),
-        in_specs=everywhere,
-        out_specs=everywhere,
-        check_vma=False,
-    )(args)
+    found = on_every_device(part, num_devices)(args)
     return jax.tree.map(
         lambda x, shape: jax.random.wrap_key_data(x) if is_key(shape) else x,
         found,

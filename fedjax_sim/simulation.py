@@ -40,6 +40,7 @@ SHARED = (
     "cohort_size",
     "client_chunk",
     "num_devices",
+    "update_memory",
 )
 # Above this many parameters clients are trained one by one on CPU.
 CACHE_PARAMS = 50_000
@@ -91,6 +92,10 @@ class Simulation:
             is computed. Default: measured per backend, see ``default_client_chunk``.
         num_devices: devices that the clients' training and the evaluation are spread
             over; on CPU, cores (see ``fs.use_cores``). Default: all of this process.
+        update_memory: bytes of the cohort's updates that a device may hold. Default:
+            every device holds them all, ``4 k d`` bytes. With a limit, each holds those
+            of its own clients; where these are more, clients are trained chunk by chunk
+            and anew in every pass that the rule takes (see ``fedjax_sim.passes``).
 
     Raises:
         ValueError, TypeError: a setting that cannot work, before any training.
@@ -130,6 +135,7 @@ class Simulation:
     server_optimizer: optax.GradientTransformation = optax.sgd(1.0)
     client_chunk: int = None  # type: ignore[assignment]
     num_devices: int = None  # type: ignore[assignment]
+    update_memory: int | None = None
 
     def __post_init__(self) -> None:
         checks.check_types(self)
@@ -167,6 +173,7 @@ class Simulation:
                 f"{jax.default_backend()} device(s). Lower it; on CPU, make more with "
                 "fs.use_cores."
             )
+        checks.check_passes(self, cohort)
         if self.root is not None and self.root_steps is None:
             steps = round(float(np.mean(self.client_update.num_steps(sizes))))
             object.__setattr__(self, "root_steps", steps)
@@ -190,6 +197,20 @@ class Simulation:
     def num_classes(self) -> int:
         """Outputs of the model, one a class."""
         return checks.num_outputs(self)
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """``d``."""
+        params = jax.eval_shape(self.model.init, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether nobody holds all updates of a round: see ``update_memory``."""
+        if self.update_memory is None:
+            return False
+        whole = 4 * self.cohort_size * self.num_params
+        return self.num_devices > 1 or whole > self.update_memory
 
     @functools.cached_property
     def padded(self) -> bool:

@@ -22,7 +22,7 @@ from fedjax_sim.cohorts import (
     split,
 )
 from fedjax_sim.models import Model
-from fedjax_sim.pytrees import ravel_clients
+from fedjax_sim.pytrees import along, ravel_clients
 from fedjax_sim.sharding import over_devices
 from fedjax_sim.state import ROOT, Arrays, RoundState, stream
 from fedjax_sim.types import (
@@ -162,14 +162,7 @@ def train_cohorts(
 ) -> dict[str, Trained]:
     """Trains every system's cohort on what its defense leaves it."""
     first = next(iter(sims.values()))
-    rows_of = cohort_rows(sims, states)
-    for name, row in rows_of.items():
-        kept = None
-        if defended:
-            kept = arrays.clients.mask[row.client_id]
-            kept = defended[name].keep if name in defended else kept
-        own = jax.tree.map(lambda x, i=row.client_id: x[i], states[name].clients)
-        rows_of[name] = row._replace(keep=kept, state=own)
+    rows_of = defended_rows(sims, states, arrays, defended)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(states[n].params for n in sims))
 
     def train(update: ClientUpdate, rows: dict[str, Row]) -> dict[str, Any]:
@@ -206,6 +199,63 @@ def train_cohorts(
                 out,
             )
     return {name: Trained(rows_of[name].client_id, *results[name]) for name in sims}
+
+
+def defended_rows(
+    sims: Mapping[str, "Simulation"],
+    states: Mapping[str, RoundState],
+    arrays: Arrays,
+    defended: Mapping[str, Defended],
+) -> dict[str, Row]:
+    """The rows of every cohort, with what clients remember and a defense leaves them.
+
+    Where one system has a defense, all have a mask.
+    """
+    rows_of = cohort_rows(sims, states)
+    for name, row in rows_of.items():
+        kept = None
+        if defended:
+            kept = arrays.clients.mask[row.client_id]
+            kept = defended[name].keep if name in defended else kept
+        own = jax.tree.map(lambda x, i=row.client_id: x[i], states[name].clients)
+        rows_of[name] = row._replace(keep=kept, state=own)
+    return rows_of
+
+
+def row_maker(
+    sim: "Simulation", state: RoundState, clients: Clients, row: Row
+) -> Callable[[Array], tuple[Array, PyTree]]:
+    """Trains those of a cohort at some places, on this device; see ``passes.Rows``.
+
+    Beside their updates: what they remember, ``ClientInfo``, and counts of samples.
+    """
+    start = jax.tree.map(lambda x: x[None], state.params)
+
+    def train(update: ClientUpdate, rows: Row) -> Any:
+        trainer = make_trainer(
+            sim.model,
+            update,
+            data_attacks({"": sim}),
+            sim.padded,
+            sim.make_samples,
+            sim.client_chunk,
+        )
+        return trainer(clients, start, rows)
+
+    def make(places: Array) -> tuple[Array, PyTree]:
+        rows = jax.tree.map(lambda x: x[places], row)
+        trained = train(sim.client_update, rows)
+        if sim.byzantine_update is not None:
+            byzantine = state.byzantine[rows.client_id]
+            trained = jax.tree.map(
+                lambda new, old: jnp.where(along(byzantine, old), new, old),
+                train(sim.byzantine_update, rows),
+                trained,
+            )
+        updates, *others = trained
+        return updates, tuple(others)
+
+    return make
 
 
 def byzantine_places(sim: "Simulation", byzantine: Array, rows: Row) -> Array:

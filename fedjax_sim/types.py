@@ -270,6 +270,10 @@ class UpdateAttack(NamedTuple):
             that number, ``float32 []``. Then one compiled program serves every
             strength: put other values into the ``attack`` of a ``RoundState``, or one
             for every seed.
+        in_passes: the same attack for more updates than fit into memory, or one device:
+            ``(rows, state, context) -> change``, with ``passes.Rows`` in place of the
+            updates and ``change(updates [c, d], places [c])`` as ``Rows.then`` has it.
+            An attack that knows its own row only needs none.
     """
 
     init: Callable[[Params, int], PyTree]
@@ -279,6 +283,7 @@ class UpdateAttack(NamedTuple):
     needs: frozenset[str] = frozenset()
     name: str = "custom"
     strength: str = ""
+    in_passes: Callable[..., Callable[[Array, Array], Array]] | None = None
 
     @property
     def needs_root(self) -> bool:

@@ -276,9 +276,7 @@ def dual_system(
         return state, AggregatorInfo(weights, ~keep, scores, details)
 
     needs = frozenset({"root_update"})
-    return Aggregator(
-        init, apply, validate, needs, "dual_system", in_passes=in_passes
-    )
+    return Aggregator(init, apply, validate, needs, "dual_system", in_passes=in_passes)
 
 
 def _options(variant: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -88,15 +88,17 @@ def fltrust() -> Aggregator:
             norms = jnp.linalg.norm(updates, axis=1)
             cosine = cosines(updates, norms, root, root_norm)
             trust = jnp.maximum(cosine, 0.0)
-            return trust * root_norm / jnp.where(norms > TINY, norms, 1.0), trust, cosine
+            return (
+                trust * root_norm / jnp.where(norms > TINY, norms, 1.0),
+                trust,
+                cosine,
+            )
 
         mean, weights, cosine = passes.weighted_mean(rows, weigh, floor=TINY)
         return mean, state, _info(weights, cosine, rows.present)
 
     needs = frozenset({"root_update"})
-    return Aggregator(
-        stateless, apply, validate, needs, "fltrust", in_passes=in_passes
-    )
+    return Aggregator(stateless, apply, validate, needs, "fltrust", in_passes=in_passes)
 
 
 def _info(weights: Array, cosine: Array, mask: Array) -> AggregatorInfo:

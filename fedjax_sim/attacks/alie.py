@@ -1,20 +1,26 @@
 """A little is enough: hide inside the spread of the honest updates."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
 from fedjax_sim.attacks.rows import (
     KNOWLEDGE,
     known_rows,
+    mean_in_passes,
     mean_over,
     remembered,
     replace_rows,
     sending,
+    sending_all,
     stateless,
+    std_in_passes,
     std_over,
     taking_part,
     unconditional,
 )
+from fedjax_sim.passes import Rows
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -122,11 +128,7 @@ def alie(
         byzantine = require("alie", context, "byzantine")
         present = taking_part(updates, context)
         known = known_rows(present, byzantine, knowledge)
-        if z is None:
-            taking = sending(present, byzantine, context)
-            shift = z_max(jnp.sum(taking), jnp.sum(taking & byzantine))
-        else:
-            shift = state
+        shift = shift_of(present, byzantine, state, context)
 
         def craft(u: Array) -> Array:
             mean = mean_over(known, u)
@@ -134,7 +136,28 @@ def alie(
 
         return replace_rows(craft, byzantine & jnp.any(known), updates), state
 
+    def in_passes(
+        rows: Rows, state: PyTree, context: RoundContext
+    ) -> Callable[[Array, Array], Array]:
+        byzantine = require("alie", context, "byzantine")
+        asked = known_rows(jnp.ones(len(rows), bool), byzantine, knowledge)
+        mean = mean_in_passes(rows, asked)
+        std = std_in_passes(rows, asked, mean, ddof)
+        shift = shift_of(rows.present, byzantine, state, context)
+        replaced = byzantine & jnp.any(rows.present & asked)
+        return sending_all(mean + direction * shift * std, replaced)
+
+    def shift_of(
+        present: Array, byzantine: Array, state: PyTree, context: RoundContext
+    ) -> Array:
+        if z is not None:
+            return state
+        taking = sending(present, byzantine, context)
+        return z_max(jnp.sum(taking), jnp.sum(taking & byzantine))
+
     validate = _validate if z is None else unconditional
     init = stateless if z is None else remembered(z)
     strength = "" if z is None else "z"
-    return UpdateAttack(init, apply, validate, knowledge, NEEDS, "alie", strength)
+    return UpdateAttack(
+        init, apply, validate, knowledge, NEEDS, "alie", strength, in_passes
+    )

@@ -1,18 +1,23 @@
 """Gaussian noise: sent instead of what was learned, or added to it."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
     known_rows,
+    mean_in_passes,
     mean_over,
     remembered,
     replace_rows,
     stateless,
+    std_in_passes,
     std_over,
     taking_part,
     unconditional,
 )
+from fedjax_sim.passes import Rows
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -111,11 +116,34 @@ def gaussian(
         replaced = byzantine & jnp.any(known) if fitted else byzantine
         return replace_rows(craft, replaced, updates), state
 
+    def in_passes(
+        rows: Rows, state: PyTree, context: RoundContext
+    ) -> Callable[[Array, Array], Array]:
+        byzantine = require("gaussian", context, "byzantine")
+        key = require("gaussian", context, "key")
+        client_ids = require("gaussian", context, "client_ids")
+        mu = mean_in_passes(rows, byzantine)
+        sigma = std_in_passes(rows, byzantine, mu)
+        replaced = byzantine & jnp.any(rows.present & byzantine)
+
+        def change(updates: Array, places: Array) -> Array:
+            xi = normal_rows(key, client_ids[places], len(mu))
+            crafted = mu[None] + sigma[None] * xi
+            return jnp.where(replaced[places][:, None], crafted, updates)
+
+        return change
+
     knowledge = "colluding" if fitted else "own"
     init = stateless if fitted else remembered(std)
-    strength = "" if fitted else "std"
     return UpdateAttack(
-        init, apply, unconditional, knowledge, NEEDS, "gaussian", strength
+        init,
+        apply,
+        unconditional,
+        knowledge,
+        NEEDS,
+        "gaussian",
+        strength="" if fitted else "std",
+        in_passes=in_passes if fitted else None,
     )
 
 

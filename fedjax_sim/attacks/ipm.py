@@ -1,16 +1,21 @@
 """Inner-product manipulation: send a negative multiple of the honest mean."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
     KNOWLEDGE,
     known_rows,
+    mean_in_passes,
     mean_over,
     remembered,
     replace_rows,
+    sending_all,
     taking_part,
     unconditional,
 )
+from fedjax_sim.passes import Rows
 from fedjax_sim.registry import check_number, lookup, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -71,6 +76,15 @@ def ipm(epsilon: float = 0.1, knowledge: str = "omniscient") -> UpdateAttack:
 
         return replace_rows(craft, byzantine & jnp.any(known), updates), state
 
+    def in_passes(
+        rows: Rows, state: PyTree, context: RoundContext
+    ) -> Callable[[Array, Array], Array]:
+        byzantine = require("ipm", context, "byzantine")
+        asked = known_rows(jnp.ones(len(rows), bool), byzantine, knowledge)
+        mean = mean_in_passes(rows, asked)
+        return sending_all(-state * mean, byzantine & jnp.any(rows.present & asked))
+
+    init = remembered(epsilon)
     return UpdateAttack(
-        remembered(epsilon), apply, unconditional, knowledge, NEEDS, "ipm", "epsilon"
+        init, apply, unconditional, knowledge, NEEDS, "ipm", "epsilon", in_passes
     )

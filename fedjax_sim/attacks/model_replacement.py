@@ -1,15 +1,19 @@
 """Model replacement: boost a poisoned update until the server adopts the model."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from fedjax_sim.attacks.rows import (
+    look_at,
     remembered,
     replace_rows,
     stateless,
     taking_part,
     unconditional,
 )
-from fedjax_sim.pytrees import ravel_clients, safe_norms
+from fedjax_sim.passes import Rows
+from fedjax_sim.pytrees import safe_norms
 from fedjax_sim.registry import check_number, require
 from fedjax_sim.types import Array, PyTree, RoundContext, UpdateAttack
 
@@ -84,27 +88,46 @@ def model_replacement(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree]:
         byzantine = require("model_replacement", context, "byzantine")
-        present = taking_part(updates, context)
+        gamma = gamma_of(taking_part(updates, context), byzantine, state)
+        return replace_rows(lambda u: boost(u, gamma), byzantine, updates), state
+
+    def in_passes(
+        rows: Rows, state: PyTree, context: RoundContext
+    ) -> Callable[[Array, Array], Array]:
+        byzantine = require("model_replacement", context, "byzantine")
         if scale is None:
-            attackers = jnp.maximum(jnp.sum(present & byzantine), 1)
-            gamma = jnp.sum(present) / (server_rate * attackers)
-        else:
-            gamma = state
-        gammas = jnp.broadcast_to(gamma, present.shape)
+            look_at(rows)
+        gamma = state if scale else gamma_of(rows.present, byzantine, state)
+
+        def change(updates: Array, places: Array) -> Array:
+            boosted = boost(updates, gamma)
+            return jnp.where(byzantine[places][:, None], boosted, updates)
+
+        return change
+
+    def gamma_of(present: Array, byzantine: Array, state: PyTree) -> Array:
+        if scale is not None:
+            return state
+        attackers = jnp.maximum(jnp.sum(present & byzantine), 1)
+        return jnp.sum(present) / (server_rate * attackers)
+
+    def boost(u: Array, gamma: Array) -> Array:
+        gammas = jnp.broadcast_to(gamma, len(u))
         if norm_bound is not None:
-            length = safe_norms(ravel_clients(updates)[0])
+            length = safe_norms(u)
             # A row that is not finite is sent as it is, not as 0 * inf.
             bounded = jnp.isfinite(length) & (length > 0.0)
             allowed = norm_bound / jnp.where(bounded, length, 1.0)
             gammas = jnp.where(bounded, jnp.minimum(gammas, allowed), gammas)
+        return gammas[:, None] * u
 
-        def boost(u: Array) -> Array:
-            return gammas[:, None] * u
-
-        return replace_rows(boost, byzantine, updates), state
-
-    init = stateless if scale is None else remembered(scale)
-    strength = "" if scale is None else "scale"
     return UpdateAttack(
-        init, apply, unconditional, "own", NEEDS, "model_replacement", strength
+        stateless if scale is None else remembered(scale),
+        apply,
+        unconditional,
+        "own",
+        NEEDS,
+        "model_replacement",
+        strength="" if scale is None else "scale",
+        in_passes=in_passes,
     )

@@ -5,11 +5,13 @@ shape and dtype.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_sim.passes import Rows
 from fedjax_sim.pytrees import finite_rows, ravel_clients, reduce_clients, safe_norms
 from fedjax_sim.types import Array, Params, PyTree, RoundContext
 
@@ -87,6 +89,46 @@ def std_over(rows: Array, x: Array, mean: Array, ddof: int = 0) -> Array:
     )
     std = scale * jnp.sqrt(total / jnp.maximum(jnp.sum(rows) - ddof, 1))
     return std[None]
+
+
+def look_at(rows: Rows) -> None:
+    """A pass that only says who takes part, as ``Rows.present``."""
+    rows.scan(lambda updates, present: ((), ()))
+
+
+def mean_in_passes(rows: Rows, known: Array) -> Array:
+    """``mean_over`` the known rows that take part, ``[d]``, in one pass."""
+
+    def part(updates: Array, present: Array, known: Array) -> tuple[Any, tuple]:
+        used = present & known
+        return (jnp.where(used[:, None], updates, 0.0).sum(axis=0), used.sum()), ()
+
+    (total, count), _ = rows.scan(part, known)
+    return total / jnp.maximum(count, 1)
+
+
+def std_in_passes(rows: Rows, known: Array, mean: Array, ddof: int = 0) -> Array:
+    """``std_over`` the known rows that take part, ``[d]``, in one pass.
+
+    Unlike there, deviations outside of 1e-19 to 1e19 leave the range of float32.
+    """
+
+    def part(updates: Array, present: Array, known: Array) -> tuple[Any, tuple]:
+        used = present & known
+        deviations = jnp.where(used[:, None], updates - mean[None], 0.0)
+        return (jnp.square(deviations).sum(axis=0), used.sum()), ()
+
+    (total, count), _ = rows.scan(part, known)
+    return jnp.sqrt(total / jnp.maximum(count - ddof, 1))
+
+
+def sending_all(crafted: Array, rows: Array) -> Callable[[Array, Array], Array]:
+    """The change of ``Rows.then`` by which the chosen rows ``[k]`` send one ``[d]``."""
+
+    def change(updates: Array, places: Array) -> Array:
+        return jnp.where(rows[places][:, None], crafted[None], updates)
+
+    return change
 
 
 def replace_rows(

@@ -1,10 +1,12 @@
 """When an attack is active."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim.passes import Rows
 from fedjax_sim.registry import check_count, require
 from fedjax_sim.types import (
     Array,
@@ -103,6 +105,20 @@ def schedule(
             state,
         )
 
-    needs = attack.needs | {"round"}
-    update_attack: Any = attack._replace(apply=apply_now, needs=needs)
+    parts: dict[str, Any] = {"apply": apply_now, "needs": attack.needs | {"round"}}
+    if attack.in_passes is not None:
+        passes_of = attack.in_passes
+
+        def in_passes(
+            rows: Rows, state: PyTree, context: RoundContext
+        ) -> Callable[[Array, Array], Array]:
+            now, change = active(context), passes_of(rows, state, context)
+
+            def change_now(updates: Array, places: Array) -> Array:
+                return jnp.where(now, change(updates, places), updates)
+
+            return change_now
+
+        parts["in_passes"] = in_passes
+    update_attack: Any = attack._replace(**parts)
     return update_attack

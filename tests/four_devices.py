@@ -1,0 +1,89 @@
+"""Rules in passes over four devices, and what they send; see test_sharding."""
+
+import re
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from fedjax_sim import passes, sharding
+from tests.test_passes import CUTS, RULES, N, cohort
+from tests.trees import assert_close
+
+DEVICES = 4
+# What a pass over rows costs, over columns, and both.
+SUMS = {"all-reduce": 1}
+COLUMNS = {"all-to-all": 1, "all-reduce": 1}
+DISTANCES = {"all-to-all": 1, "all-reduce": 2}
+COLLECTIVES = {
+    "fedavg": SUMS,
+    "norm_clipping": SUMS,
+    "fltrust": SUMS,
+    "centered_clipping radius": SUMS,
+    "robust_learning_rate": SUMS,
+    "crfl": SUMS,
+    "median": COLUMNS,
+    "trimmed_mean": COLUMNS,
+    "meamed": COLUMNS,
+    "phocas": COLUMNS,
+    "krum": DISTANCES,
+    "multi_krum": DISTANCES,
+}
+
+
+def program(rule, U, context, chunk, memory):
+    """The rule in passes, of which every device makes its rows by itself."""
+    state = rule.init(U[0], N)
+
+    def part(U, context, state):
+        def make(places):
+            return U[places], ()
+
+        rows = passes.Rows(
+            make,
+            *U.shape,
+            chunk=chunk,
+            memory=memory,
+            mask=context.mask,
+            num_devices=DEVICES,
+        )
+        return *rule.in_passes(rows, state, context), rows.present
+
+    spread = jax.shard_map(
+        part,
+        mesh=sharding.device_mesh(DEVICES),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(spread), (U, context, state)
+
+
+def collectives(compiled):
+    """How often each kind stands in a compiled program."""
+    found = re.findall(
+        r" (all-\w+(?:-\w+)?|reduce-scatter|collective-\w+)\(", compiled.as_text()
+    )
+    return {kind: found.count(kind) for kind in set(found)}
+
+
+def main(names):
+    assert len(jax.devices()) == DEVICES, jax.devices()
+    for name in names or RULES:
+        rule, (U, context) = RULES[name], cohort(1)
+        wanted = rule.apply(U, rule.init(U[0], N), context)
+        for cut, (chunk, memory) in CUTS.items():
+            print(name, cut)
+            run, args = program(rule, U, context, chunk, memory // DEVICES)
+            *found, _ = run(*args)
+            assert_close(found, list(wanted), rtol=2e-4, atol=2e-5)
+            np.testing.assert_array_equal(found[2].flagged, wanted[2].flagged)
+            if cut == "held" and name in COLLECTIVES:
+                sent = collectives(run.lower(*args).compile())
+                assert sent == COLLECTIVES[name], (name, sent)
+    print("the same on four devices")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
