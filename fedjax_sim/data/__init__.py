@@ -11,6 +11,7 @@ from fedjax_sim.data.partition import (
     label_bias,
     shards,
 )
+from fedjax_sim.data.population import populate
 from fedjax_sim.data.series import (
     SeriesFederation,
     cut,
@@ -38,6 +39,7 @@ __all__ = [
     "label_bias",
     "load",
     "load_vitals",
+    "populate",
     "shards",
     "states",
     "windows",
