@@ -131,8 +131,8 @@ def play_round(
     else:
         trained = train_cohorts(sims, states, arrays, defended)
         updates = {name: own.updates for name, own in trained.items()}
-        finished = share_out(
-            {name: functools.partial(finish_round, sim) for name, sim in sims.items()},
+        outcomes = share_out(
+            {n: functools.partial(aggregate_round, sim) for n, sim in sims.items()},
             {
                 n: (
                     states[n],
@@ -146,6 +146,10 @@ def play_round(
             },
             next(iter(sims.values())).num_devices,
         )
+        finished = {
+            n: close_round(sim, states[n], defended.get(n), outcomes[n])
+            for n, sim in sims.items()
+        }
     new_states = {name: state for name, (state, _) in finished.items()}
     histories = {name: history for name, (_, history) in finished.items()}
 

@@ -17,6 +17,8 @@ from fedjax_sim.types import PyTree
 AXIS = "clients"
 # Every device holds its own copy of the data and of the cohort's updates.
 MOST_CORES = 8
+# Bytes of results that one device sends to the others, rather than all computing them.
+MOST_SENT = 2**26
 
 
 def use_cores(count: int | None = None) -> int:
@@ -142,22 +144,31 @@ def share_out(
 ) -> dict[str, PyTree]:
     """``{name: calls[name](*args[name])}``, each computed by one device in its turn.
 
-    Without this every device would compute all of them. Every device ends with all
-    results.
+    Every device ends with all results. What returns more than is worth sending, such as
+    what a rule remembers of a million clients, every device computes by itself, in
+    place; and so it does where there is only one to compute.
     """
     if num_devices == 1:
         return {name: call(*args[name]) for name, call in calls.items()}
-    turns = {name: turn % num_devices for turn, name in enumerate(calls)}
     shapes = {name: jax.eval_shape(call, *args[name]) for name, call in calls.items()}
+    alone = [name for name in calls if size_in_bytes(shapes[name]) > MOST_SENT]
+    if len(calls) == 1:
+        alone = list(calls)
+    shared = [name for name in calls if name not in alone]
+    turns = {name: turn % num_devices for turn, name in enumerate(shared)}
     raw_shapes = jax.tree.map(lambda x: jax.eval_shape(_raw, x), shapes)
 
     def part(args: Mapping[str, tuple]) -> dict[str, PyTree]:
         here = jax.lax.axis_index(AXIS)
-        found = {}
+        found, whole = {}, {}
         for name, call in calls.items():
 
             def compute(own: tuple, call: Callable[..., PyTree] = call) -> PyTree:
                 return jax.tree.map(_raw, call(*own))
+
+            if name in alone:
+                whole[name] = compute(args[name])
+                continue
 
             def skip(own: tuple, name: str = name) -> PyTree:
                 return jax.tree.map(jnp.zeros_like, raw_shapes[name])
@@ -165,19 +176,23 @@ def share_out(
             mine = here == turns[name]
             found[name] = jax.lax.cond(mine, compute, skip, args[name])
         # Only now, so that no device waits for another before its own turns are over.
-        return {
+        return whole | {
             name: jax.tree.map(
                 lambda x, turn=turns[name]: jax.lax.all_gather(x, AXIS)[turn], results
             )
             for name, results in found.items()
         }
 
-    found = on_every_device(part, num_devices)(args)
     return jax.tree.map(
         lambda x, shape: jax.random.wrap_key_data(x) if is_key(shape) else x,
-        found,
+        on_every_device(part, num_devices)(args),
         shapes,
     )
+
+
+def size_in_bytes(tree: PyTree) -> int:
+    """Of all arrays, or their shapes, together."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.pytrees import along
+from fedjax_sim.sharding import on_every_device
 from fedjax_sim.types import (
     AnyArray,
     Array,
@@ -26,7 +27,7 @@ ATTACK, AGGREGATE, ROOT, DEFENSE, PRETRAIN = range(5, 10)
 
 # Up to this many clients are shuffled to draw a cohort, and where so many pairs of the
 # cohort would be compared for every client that it takes longer (2 cores, measured).
-SHUFFLED = 10_000
+SHUFFLED = 1000
 PAIRS_A_CLIENT = 2000
 
 
@@ -231,7 +232,12 @@ def draw_cohort(sim: "Simulation", state: RoundState) -> Array:
     total, count = sim.num_clients, sim.cohort_size
     if count == total:
         return jnp.arange(total)
-    return draw_distinct(stream(state, COHORT), total, count)
+    # By every device for itself: XLA would let them share the work of every step.
+    draw = on_every_device(
+        lambda key: draw_distinct(key, total, count), sim.num_devices
+    )
+    drawn: Array = draw(stream(state, COHORT))
+    return drawn
 
 
 def draw_distinct(key: Array, total: int, count: int) -> Array:
