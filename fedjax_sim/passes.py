@@ -199,11 +199,12 @@ class Rows:
             joined, summed = f(block, real, present, norms, *mine)
             return joined, summed, others
 
-        if blocks == 1:
-            found = of_block(jnp.int32(0))
-            joined, summed, others = jax.tree.map(lambda x: x[None], found)
-        else:
-            joined, summed, others = jax.lax.map(of_block, jnp.arange(blocks))
+        def add(carry: PyTree, j: Array) -> tuple[PyTree, PyTree]:
+            joined, summed, others = of_block(j)
+            return (jax.tree.map(jnp.add, carry[0], summed), others), joined
+
+        start = zeros_like_result(lambda: of_block(jnp.int32(0))[1:])
+        (summed, others), joined = jax.lax.scan(add, start, jnp.arange(blocks))
 
         def place(x: Array) -> Array:
             """From ``[blocks, ..., width]`` to the columns of all devices."""
@@ -211,8 +212,7 @@ class Rows:
             moved = jnp.moveaxis(everywhere, (1, 0), (-3, -2))
             return moved.reshape(*moved.shape[:-3], padded)
 
-        sums = (jax.tree.map(place, joined), jax.tree.map(lambda x: x.sum(0), summed))
-        others = jax.tree.map(lambda x: x[0], others)
+        sums = (jax.tree.map(place, joined), summed)
         (joined, summed), others = self._together(sums, others)
         self._learn(others)
         return jax.tree.map(lambda x: x[..., : self.size], joined), summed
@@ -296,8 +296,7 @@ class Rows:
             sums, out = visit(i)
             return jax.tree.map(jnp.add, total, sums), out
 
-        shapes = jax.eval_shape(lambda: visit(jnp.int32(0))[0])
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zero = zeros_like_result(lambda: visit(jnp.int32(0))[0])
         total, out = jax.lax.scan(add, zero, jnp.arange(self._here // chunk))
         rows, others, block = jax.tree.map(
             lambda x: x.reshape(self._here, *x.shape[2:]), out
@@ -339,6 +338,12 @@ class Rows:
         self._known.setdefault("finite", others["finite"])
         if "extras" in others:
             self._trained.setdefault("extras", others["extras"])
+
+
+def zeros_like_result(f: Callable[[], PyTree]) -> PyTree:
+    """Zeros of the shapes and types that ``f`` returns, without running it."""
+    shapes = jax.eval_shape(f)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def all_reduce(tree: PyTree) -> PyTree:

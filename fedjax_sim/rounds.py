@@ -120,10 +120,11 @@ def play_round(
 
     ``round`` is that of the states, which hold one for every seed.
     """
+    first = next(iter(sims.values()))
     defended = defend_cohorts(sims, states, arrays.clients, round)
     roots = train_roots(sims, states, arrays)
     updates: dict[str, Array] = {}
-    if next(iter(sims.values())).in_passes:
+    if first.in_passes:
         finished = {
             n: play_in_passes(sim, states[n], arrays, defended.get(n), roots.get(n))
             for n, sim in sims.items()
@@ -144,7 +145,9 @@ def play_round(
                 )
                 for n, sim in sims.items()
             },
-            next(iter(sims.values())).num_devices,
+            first.num_devices,
+            # Rather than as much as all updates, they compute it again.
+            most_sent=4 * first.cohort_size * first.num_params,
         )
         finished = {
             n: close_round(sim, states[n], defended.get(n), outcomes[n])

@@ -17,8 +17,6 @@ from fedjax_sim.types import PyTree
 AXIS = "clients"
 # Every device holds its own copy of the data and of the cohort's updates.
 MOST_CORES = 8
-# Bytes of results that one device sends to the others, rather than all computing them.
-MOST_SENT = 2**26
 
 
 def use_cores(count: int | None = None) -> int:
@@ -141,19 +139,18 @@ def share_out(
     calls: Mapping[str, Callable[..., PyTree]],
     args: Mapping[str, tuple],
     num_devices: int,
+    most_sent: int,
 ) -> dict[str, PyTree]:
     """``{name: calls[name](*args[name])}``, each computed by one device in its turn.
 
-    Every device ends with all results. What returns more than is worth sending, such as
-    what a rule remembers of a million clients, every device computes by itself, in
-    place; and so it does where there is only one to compute.
+    Every device ends with all results. What returns more than ``most_sent`` bytes, such
+    as what a rule remembers of a million clients, every device computes by itself, in
+    place.
     """
     if num_devices == 1:
         return {name: call(*args[name]) for name, call in calls.items()}
     shapes = {name: jax.eval_shape(call, *args[name]) for name, call in calls.items()}
-    alone = [name for name in calls if size_in_bytes(shapes[name]) > MOST_SENT]
-    if len(calls) == 1:
-        alone = list(calls)
+    alone = [name for name in calls if size_in_bytes(shapes[name]) > most_sent]
     shared = [name for name in calls if name not in alone]
     turns = {name: turn % num_devices for turn, name in enumerate(shared)}
     raw_shapes = jax.tree.map(lambda x: jax.eval_shape(_raw, x), shapes)
