@@ -15,9 +15,11 @@ import numpy as np
 from fedjax_sim.registry import lookup
 from fedjax_sim.types import Array, PyTree
 
-# Columns sorted at once on a CPU: 128 rows of them stay in its caches, and are enough
-# for its cores to share.
-_CPU_BLOCK = 4096
+# Columns sorted at once on a CPU: so many that all rows of them stay in its caches, and
+# its cores have enough to share. Of 10,000 rows, 64 columns take a fifth of the time
+# that 4,096 take.
+_CPU_BLOCK = (64, 4096)
+_CPU_NUMBERS = 2**19
 
 # Rows of ten thousand values that do.
 _ROWS_IN_CACHE = 64
@@ -460,7 +462,7 @@ def map_columns(
     f: Callable[..., tuple[PyTree, PyTree]],
     U: Array,
     *rows: Array,
-    block: int = _CPU_BLOCK,
+    block: int | None = None,
 ) -> tuple[PyTree, PyTree]:
     """``f`` over blocks of columns that fit a cache; over all of them off the CPU.
 
@@ -468,9 +470,12 @@ def map_columns(
     last axis ``b``, which are joined, and values that are summed over blocks. The last
     block overlaps the one before it rather than being padded; ``fresh`` is False on the
     columns seen before. ``rows`` are further arrays ``[..., d]``. A block of columns of
-    a CPU has ``block`` of them.
+    a CPU has ``block`` of them, by default as many as fit its caches.
     """
-    num_columns = U.shape[1]
+    num_rows, num_columns = U.shape
+    if block is None:
+        fewest, most = _CPU_BLOCK
+        block = min(max(_CPU_NUMBERS // num_rows, fewest), most)
     if jax.default_backend() != "cpu":
         block = num_columns
     if num_columns <= block:
