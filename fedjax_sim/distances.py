@@ -13,6 +13,8 @@ from fedjax_sim.types import Array
 _CPU_BLOCK = 4096
 # Clients whose distances are sorted to find the nearest.
 _SORTED = 1024
+# Beyond that, rows whose nearest are found together: they stay in cache.
+_SCORED = 64
 
 
 @jax.jit
@@ -108,13 +110,33 @@ def krum_scores(distances: Array, mask: Array, num_neighbours: Array | int) -> A
         >>> krum_scores(D, jnp.ones(3, bool), num_neighbours=1).tolist()
         [1.0, 1.0, 4.0]
     """
-    others = mask[:, None] & mask[None, :] & ~jnp.eye(len(mask), dtype=bool)
     if len(mask) > _SORTED:
-        sums = sum_of_smallest(jnp.where(others, distances, jnp.inf), num_neighbours)
-        return jnp.where(mask, sums, jnp.inf)
+        return _scores_of_many(distances, mask, num_neighbours)
+    others = mask[:, None] & mask[None, :] & ~jnp.eye(len(mask), dtype=bool)
     nearest = sort_clients(jnp.where(others, distances, jnp.inf))
     counted = (jnp.arange(len(mask)) < num_neighbours)[:, None] & jnp.isfinite(nearest)
     return jnp.where(mask, jnp.where(counted, nearest, 0.0).sum(axis=0), jnp.inf)
+
+
+def _scores_of_many(
+    distances: Array, mask: Array, num_neighbours: Array | int
+) -> Array:
+    """``krum_scores``, a few rows at a time: no copy of the distances is made."""
+    num_rows = len(mask)
+
+    def of_some(i: Array) -> Array:
+        start = jnp.minimum(i * _SCORED, num_rows - _SCORED)
+        rows = jax.lax.dynamic_slice_in_dim(distances, start, _SCORED)
+        mine = start + jnp.arange(_SCORED)
+        others = mask[None, :] & (mine[:, None] != jnp.arange(num_rows)[None, :])
+        return sum_of_smallest(jnp.where(others, rows, jnp.inf), num_neighbours)
+
+    num_blocks = -(-num_rows // _SCORED)
+    sums = jax.lax.map(of_some, jnp.arange(num_blocks))
+    # The last block overlaps the one before it.
+    overlap = num_blocks * _SCORED - num_rows
+    sums = jnp.concatenate([sums[:-1].reshape(-1), sums[-1, overlap:]])
+    return jnp.where(mask, sums, jnp.inf)
 
 
 def lowest(scores: Array, count: Array | int) -> Array:
@@ -125,10 +147,9 @@ def lowest(scores: Array, count: Array | int) -> Array:
         >>> lowest(jnp.array([2.0, 1.0, 1.0, jnp.inf]), 1).tolist()
         [False, True, False, False]
     """
-    index = jnp.arange(len(scores))
-    mine, theirs = scores[:, None], scores[None, :]
-    ahead = (theirs < mine) | ((theirs == mine) & (index[None, :] < index[:, None]))
-    return (ahead.sum(axis=1) < count) & jnp.isfinite(scores)
+    order = jnp.argsort(scores)
+    rank = jnp.zeros(len(scores), jnp.int32).at[order].set(jnp.arange(len(scores)))
+    return (rank < count) & jnp.isfinite(scores)
 
 
 def krum_order(

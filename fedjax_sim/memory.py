@@ -1,240 +1,162 @@
-"""How much memory a program will take, told before it is compiled."""
+"""How much memory a run will take, and whether there is as much."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-from jax.extend import core
 
-# Computed where they are read, without a buffer of their own.
-_FUSED = frozenset(
-    """abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp
-    convert_element_type copy cos cosh digamma div dynamic_slice eq erf
-    erf_inv exp exp2 expm1 floor gather ge gt integer_pow iota is_finite le lgamma log
-    log1p logistic lt max min mul ne neg nextafter not or pad population_count pow
-    random_bits random_fold_in random_seed random_unwrap random_wrap real rem rev round
-    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    slice sqrt square stop_gradient sub tan tanh threefry2x32 xor""".split()
+from fedjax_sim.buffers import peak_of
+from fedjax_sim.sharding import size_in_bytes
+from fedjax_sim.types import PyTree
+
+if TYPE_CHECKING:
+    from fedjax_sim.simulation import Comparison, Simulation
+    from fedjax_sim.state import RoundState
+
+# Limits of containers and batch systems, and what is used of them (versions 2 and 1).
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
 )
-_ARITHMETIC = frozenset(
-    """add broadcast_in_dim div exp log max min mul neg reshape rsqrt sqrt square
-    sub""".split()
-)
-# The memory of their argument under another shape.
-_ALIASES = frozenset("reshape squeeze expand_dims transpose optimization_barrier".split())
-# Read value by value, so that their arguments may be fused into them.
-_REDUCTIONS = frozenset(
-    """concatenate argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
-    reduce_sum reduce_xor""".split()
-)
-# Written over their first argument, where nobody needs it any more.
-_IN_PLACE = frozenset(
-    "dynamic_update_slice scatter scatter-add scatter_add scatter-mul".split()
-)
-_LOOPS = frozenset({"scan", "while"})
 
 
-def size_in_bytes(x: Any) -> int:
-    """Of an array, or of its shape and type."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return int(x.size) * 8
-    return int(x.size) * x.dtype.itemsize
+class Memory(NamedTuple):
+    """Bytes that a run takes, of all its devices that share a memory.
+
+    Attributes:
+        data: the clients' samples and index table, root and test data.
+        state: what passes from round to round, such as what a rule remembers of every
+            client.
+        history: what is measured of every round.
+        updates: the cohort's updates, as far as they are held.
+        work: everything else: training, attack, rule and evaluation.
+    """
+
+    data: int
+    state: int
+    history: int
+    updates: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
 
 
-def peak_of(jaxpr: core.ClosedJaxpr) -> int:
-    """Bytes of buffers, besides its arguments, that a program holds at most.
+def predict(
+    comparison: "Comparison",
+    states: Mapping[str, "RoundState"],
+    num_rounds: int,
+    eval_every: int,
+    donate: bool = True,
+) -> Memory:
+    """What ``Comparison.run`` will take with these states, or their shapes."""
+    jaxpr = comparison.trace(states, num_rounds, eval_every).jaxpr
+    new_states, histories = comparison.shapes(dict(states), num_rounds, eval_every)
+    first = next(iter(comparison.systems.values()))
+    state, history = _bytes(new_states), _bytes(histories)
+    seeds = next(iter(new_states.values())).key.size
+    held = 4 * first.cohort_size * first.num_params
+    updates = seeds * held * len(comparison.systems)
+    if first.in_passes:
+        assert first.update_memory is not None
+        updates = seeds * min(-(-held // first.num_devices), first.update_memory)
+    copies = first.num_devices if jax.default_backend() == "cpu" else 1
+    peak = peak_of(jaxpr)
+    return Memory(
+        *(
+            copies * x
+            for x in (
+                _bytes(comparison.arrays),
+                state * (1 if donate else 2),
+                history,
+                updates,
+                max(peak - state - history - updates, 0),
+            )
+        )
+    )
 
-    An estimate of what XLA will allocate. Operations run in the order in which they are
-    written; a buffer lasts from the one that fills it to the last that reads it. What
-    is computed value by value has no buffer, unless it is returned or read by a matrix
-    product, a loop or the like.
 
-    Args:
-        jaxpr: of the program, as ``jax.make_jaxpr(f)(*args)`` returns it; arguments may
-            be ``jax.ShapeDtypeStruct``.
+def check_fits(memory: Memory, sim: "Simulation") -> None:
+    """Refuses a run that takes more than there is.
+
+    Raises:
+        MemoryError: with the numbers, and what would change them.
+    """
+    free = free_memory()
+    if free is None or memory.total <= free:
+        return
+    parts = ", ".join(
+        f"{name} {gigabytes(size)}"
+        for name, size in sorted(memory._asdict().items(), key=lambda x: -x[1])
+        if size > 0.01 * memory.total
+    )
+    knobs = []
+    if memory.updates + memory.work > memory.state + memory.data:
+        knobs += ["lower cohort_size, or client_chunk"]
+        if sim.update_memory is None:
+            whole = gigabytes(4 * sim.cohort_size * sim.num_params)
+            knobs += [
+                f"set update_memory, which bounds the {whole} of the cohort's updates"
+            ]
+        else:
+            knobs += ["lower update_memory"]
+    if memory.state > 0.1 * memory.total:
+        knobs += [
+            f"use a rule that does not remember all {sim.num_clients:,} clients, or "
+            "fewer clients"
+        ]
+    if memory.history > 0.1 * memory.total:
+        knobs += ["run fewer rounds at a time"]
+    if memory.data > 0.1 * memory.total:
+        knobs += ["take fewer samples per client"]
+    if jax.default_backend() == "cpu" and sim.num_devices > 1:
+        knobs += [f"lower num_devices (each of {sim.num_devices} has its copy)"]
+    raise MemoryError(
+        f"this run would take about {gigabytes(memory.total)} ({parts}), but "
+        f"{gigabytes(free)} are free. Fewer seeds or systems take less; or "
+        f"{'; '.join(knobs)}. With check_memory=False it is tried all the same."
+    )
+
+
+def gigabytes(size: int) -> str:
+    """Readable.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> x = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
-        >>> peak_of(jax.make_jaxpr(lambda x: jnp.exp(2 * x).sum())(x))
-        4
-        >>> peak_of(jax.make_jaxpr(lambda x: (jnp.exp(x) @ x).sum())(x))
-        8000000
+        >>> gigabytes(2_500_000_000), gigabytes(3_000_000)
+        ('2.5 GB', '3 MB')
     """
-    return _peak(jaxpr.jaxpr, set(range(len(jaxpr.jaxpr.outvars))))
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-@dataclasses.dataclass
-class _Step:
-    """One operation, with calls of functions written out."""
+def free_memory() -> int | None:
+    """Bytes that this process may still take; None where nobody says.
 
-    name: str
-    params: dict[str, Any]
-    inputs: list[Any]  # variables; literals are left out, as None
-    outputs: list[Any]
-
-
-class _Value:
-    """A variable of the program written out; the same object wherever it is named."""
-
-    def __init__(self, aval: Any) -> None:
-        self.bytes = size_in_bytes(aval) if hasattr(aval, "dtype") else 0
-
-
-def _peak(jaxpr: Any, kept: set[int]) -> int:
-    """``kept``: places of the results that need a buffer of their own."""
-    named = {v: _Value(v.aval) for v in (*jaxpr.invars, *jaxpr.constvars)}
-    given = set(named.values())
-    steps = list(_written_out(jaxpr, named))
-    results = [None if _is_literal(v) else named[v] for v in jaxpr.outvars]
-    wanted = {results[i] for i in kept if results[i] is not None}
-
-    # From the end: which values are read as whole buffers.
-    whole = set(wanted)
-    if jax.default_backend() == "cpu":
-        whole |= _around_sums(steps)
-    for step in reversed(steps):
-        if step.name in _ALIASES:
-            if step.outputs[0] in whole:
-                whole.add(step.inputs[0])
-        elif step.name not in _FUSED and step.name not in _REDUCTIONS:
-            carried = _carried(step)
-            whole.update(x for i, x in enumerate(step.inputs) if i not in carried)
-    whole.discard(None)
-
-    # Which buffers the values without one are computed from.
-    sources: dict[Any, frozenset[Any]] = {v: frozenset([v]) for v in given}
-    reads: list[frozenset[Any]] = []
-    for step in steps:
-        read = frozenset().union(*(sources.get(x, frozenset()) for x in step.inputs))
-        reads.append(read)
-        for x in step.outputs:
-            fused = step.name in _FUSED and x not in whole
-            sources[x] = read if fused or step.name in _ALIASES else frozenset([x])
-    last: dict[Any, int] = {}
-    for i, read in enumerate(reads):
-        last.update(dict.fromkeys(read, i))
-    for x in wanted:
-        last.update(dict.fromkeys(sources.get(x, ()), len(steps)))
-
-    peak = now = 0
-    held: set[Any] = set()
-    for i, step in enumerate(steps):
-        new = [x for x in step.outputs if x in sources[x] and x not in given]
-        ending = {x for x in reads[i] if last[x] == i and x in held}
-        if step.name in _IN_PLACE or step.name in _LOOPS:
-            # They go on in the buffers of what they replace.
-            over = set().union(
-                *(sources.get(step.inputs[j], frozenset()) for j in _carried(step))
-            )
-            over &= ending
-        elif step.name in _FUSED and new:
-            # Value by value, an operand of the same size gives way.
-            over = {x for x in ending if x.bytes == new[0].bytes}
-            over = set(list(over)[:1])
-        else:
-            over = set()
-        now -= sum(x.bytes for x in over)
-        held -= over
-        ending -= over
-        for x in new:
-            held.add(x)
-            now += x.bytes
-        peak = max(peak, now + _inner(step))
-        for x in ending | {x for x in new if x not in last}:
-            held.discard(x)
-            now -= x.bytes
-    return peak
-
-
-def _written_out(jaxpr: Any, named: dict[Any, _Value]) -> Iterator[_Step]:
-    """The operations of a program, those of functions it calls in their place."""
-
-    def value(v: Any) -> _Value | None:
-        return None if _is_literal(v) else named[v]
-
-    for eqn in jaxpr.eqns:
-        inner = _called(eqn)
-        if inner is None:
-            for v in eqn.outvars:
-                named[v] = _Value(v.aval)
-            yield _Step(
-                eqn.primitive.name,
-                eqn.params,
-                [value(v) for v in eqn.invars],
-                [named[v] for v in eqn.outvars],
-            )
+    On a GPU, of its own memory; on a CPU, of the machine's, or of what a container or a
+    batch system leaves to this process.
+    """
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats()
+        return stats and stats["bytes_limit"] - stats["bytes_in_use"]
+    free = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        kilobytes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free.append(int(kilobytes["MemAvailable"].split()[0]) * 1024)
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit, used in _CGROUPS:
+        try:
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
             continue
-        own: dict[Any, Any] = {v: _Value(v.aval) for v in inner.constvars}
-        for v, outer in zip(inner.invars, eqn.invars[-len(inner.invars) :]):
-            own[v] = value(outer) or _Value(v.aval)
-        yield from _written_out(inner, own)
-        for v, within in zip(eqn.outvars, inner.outvars):
-            named[v] = _Value(v.aval) if _is_literal(within) else own[within]
+    return min(free, default=None)
 
 
-def _around_sums(steps: list[_Step]) -> set[Any]:
-    """What a CPU's library of sums, which knows arithmetic only, gets and leaves whole.
-
-    That is what was chosen or compared before it is summed, and sums spread over a
-    matrix before something is chosen by them.
-    """
-    whole: set[Any] = set()
-    maker = {x: step for step in steps for x in step.outputs}
-    summed: set[Any] = set()
-    for step in steps:
-        if step.name == "reduce_sum":
-            before = maker.get(step.inputs[0])
-            if before and before.name in ("select_n", "convert_element_type"):
-                whole.add(step.inputs[0])
-            summed.update(step.outputs)
-        elif step.name in _ARITHMETIC and summed.intersection(step.inputs):
-            summed.update(step.outputs)
-        elif step.name in _FUSED:
-            whole.update(
-                x
-                for x in summed.intersection(step.inputs)
-                if maker[x].name == "broadcast_in_dim"
-            )
-    return whole
-
-
-def _called(eqn: Any) -> Any:
-    """The program of a call that is none of a loop or a branch."""
-    if eqn.primitive.name in _LOOPS or eqn.primitive.name == "cond":
-        return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
-        inner = eqn.params.get(key)
-        if inner is not None:
-            return getattr(inner, "jaxpr", inner)
-    return None
-
-
-def _carried(step: _Step) -> Sequence[int]:
-    """Places of the arguments that the results are written over."""
-    if step.name == "scan":
-        first = step.params["num_consts"]
-        return range(first, first + step.params["num_carry"])
-    if step.name == "while":
-        first = step.params["cond_nconsts"] + step.params["body_nconsts"]
-        return range(first, len(step.inputs))
-    return (0,) if step.name in _IN_PLACE else ()
-
-
-def _inner(step: _Step) -> int:
-    """What a loop or a branch holds besides its arguments and results."""
-    if step.name == "scan":
-        body = step.params["jaxpr"].jaxpr
-        return _peak(body, set(range(step.params["num_carry"])))
-    if step.name == "while":
-        body = step.params["body_jaxpr"].jaxpr
-        return _peak(body, set(range(len(body.outvars))))
-    if step.name == "cond":
-        # Results are those of the branch: they are there already.
-        return max(_peak(b.jaxpr, set()) for b in step.params["branches"])
-    return 0
-
-
-def _is_literal(v: Any) -> bool:
-    return isinstance(v, core.Literal)
+def _bytes(tree: PyTree) -> int:
+    return size_in_bytes(jax.eval_shape(lambda tree: tree, tree))

@@ -21,9 +21,6 @@ from fedjax_sim.types import Array, PyTree
 _CPU_BLOCK = (64, 4096)
 _CPU_NUMBERS = 2**19
 
-# Rows of ten thousand values that do.
-_ROWS_IN_CACHE = 64
-
 _EVEN = {"midpoint": 2, "lower": 1}
 
 
@@ -316,8 +313,8 @@ def sum_of_smallest(x: Array, count: Array | int) -> Array:
     """The sum of the ``count`` smallest values of every row that are not infinite.
 
     The count-th smallest is found by bisection over the binary form of the values, 31
-    times over a row that stays in cache: for thousands of columns a tenth of the time
-    of sorting them.
+    times. While the rows stay in cache, and they have thousands of values, this takes a
+    tenth of the time of sorting them.
 
     Args:
         x: float32 ``[r, n]``, at least 0 or ``inf``.
@@ -351,7 +348,7 @@ def sum_of_smallest(x: Array, count: Array | int) -> Array:
         total = jnp.where(below, row, 0.0).sum()
         return total + jnp.where(last < infinity, more * value, 0.0)
 
-    return jax.lax.map(of_row, x, batch_size=_ROWS_IN_CACHE)
+    return jax.vmap(of_row)(x)
 
 
 def median(U: Array, mask: Array | None = None, even: str = "midpoint") -> Array:

@@ -189,7 +189,11 @@ def share_out(
 
 def size_in_bytes(tree: PyTree) -> int:
     """Of all arrays, or their shapes, together."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        x.size * (8 if is_key(x) else x.dtype.itemsize)
+        for x in jax.tree.leaves(tree)
+        if hasattr(x, "dtype")
+    )
 
 
 def is_key(x: jax.Array | jax.ShapeDtypeStruct) -> bool:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_sim import checks, rounds
+from fedjax_sim import checks, memory, rounds
+from fedjax_sim.memory import Memory
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
-from fedjax_sim.sharding import replicate
+from fedjax_sim.sharding import replicate, size_in_bytes
 from fedjax_sim.state import INIT, Arrays, History, RoundState, fresh_states
 from fedjax_sim.types import (
     Aggregator,
@@ -434,6 +435,15 @@ class Comparison:
                 "expected a typed PRNG key, from jax.random.key(seed); got "
                 f"{type(key).__name__} (jax.random.PRNGKey makes another kind)."
             )
+        _ = self.arrays  # made here, and not while tracing
+        state = size_in_bytes(jax.eval_shape(self._fresh_states, key))
+        first = next(iter(self.systems.values()))
+        memory.check_fits(Memory(0, state, 0, 0, 0), first)
+        states = self._fresh_states(key)
+        checks.check_learned(self.systems, states)
+        return states
+
+    def _fresh_states(self, key: Array) -> dict[str, RoundState]:
         first = next(iter(self.systems.values()))
         # By itself, so that comparisons of one model compile it once: drawing weights
         # takes a second or two to compile.
@@ -443,9 +453,39 @@ class Comparison:
             if key.ndim
             else (draw, jax.random.fold_in)
         )
-        states = self._fresh(draw(fold(key, INIT)), key, self.arrays.root)
-        checks.check_learned(self.systems, states)
+        states: dict[str, RoundState] = self._fresh(
+            draw(fold(key, INIT)), key, self.arrays.root
+        )
         return states
+
+    def trace(
+        self,
+        states: Mapping[str, RoundState],
+        num_rounds: int,
+        eval_every: int,
+    ) -> "jax.stages.Traced":
+        """The program of ``run``, traced, as JAX will compile it."""
+        zero = jnp.zeros((), jnp.int32)
+        return self._scan.trace(
+            dict(states), self.arrays, zero, zero, num_rounds, eval_every
+        )
+
+    def memory(
+        self,
+        key: Array,
+        *,
+        num_rounds: int,
+        eval_every: int = 1,
+        donate: bool = False,
+    ) -> Memory:
+        """Bytes that ``run`` with the same arguments will take, told by its shapes.
+
+        The parts of a ``fedjax_sim.memory.Memory``; ``.total`` is their sum, within
+        about a fifth of what is then measured (see docs/scale.md).
+        """
+        _ = self.arrays  # made here, and not while tracing
+        states = jax.eval_shape(self._fresh_states, key)
+        return memory.predict(self, states, num_rounds, eval_every, donate)
 
     def lower(
         self,
@@ -486,6 +526,7 @@ class Comparison:
         states: Mapping[str, RoundState] | None = None,
         last: int | None = None,
         donate: bool = False,
+        check_memory: bool = True,
     ) -> tuple[dict[str, RoundState], dict[str, History]]:
         """Runs every system for ``num_rounds`` rounds in one compiled scan.
 
@@ -500,10 +541,15 @@ class Comparison:
             donate: let the run overwrite the arrays of ``states``, which are gone
                 afterwards; otherwise it works on a copy of them. Where the state is
                 large (a rule that remembers every client), this spares its memory.
+            check_memory: refuse, before compiling, what would take more memory than is
+                free (see ``memory``).
 
         Returns:
             States, and histories of NumPy arrays with a leading round axis (after the
             seed axis, if any).
+
+        Raises:
+            MemoryError: there is not enough; says what takes how much, and what to do.
         """
         check_count("num_rounds", num_rounds, 1)
         check_count("eval_every", eval_every, 1)
@@ -515,6 +561,8 @@ class Comparison:
         elif not donate:
             states = jax.tree.map(jnp.copy, dict(states))
         self._check_states(states)
+        if check_memory:
+            self._check_memory(states, num_rounds, eval_every)
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last
         states, histories = self._scan(
@@ -531,6 +579,23 @@ class Comparison:
             {name: states[name] for name in self.systems},
             {name: histories[name] for name in self.systems},
         )
+
+    def _check_memory(
+        self, states: Mapping[str, RoundState], num_rounds: int, eval_every: int
+    ) -> None:
+        """Once for every program; the states are there already."""
+        program = num_rounds, eval_every, next(iter(states.values())).key.shape
+        if program in self._fitting:
+            return
+        needed = memory.predict(self, states, num_rounds, eval_every)
+        there = needed._replace(data=0, state=0)
+        memory.check_fits(there, next(iter(self.systems.values())))
+        self._fitting.add(program)
+
+    @functools.cached_property
+    def _fitting(self) -> set[tuple[Any, ...]]:
+        """The programs that were found to fit into memory."""
+        return set()
 
     def placed(self, states: Mapping[str, RoundState]) -> dict[str, RoundState]:
         """The states where the program of ``run`` wants them."""
