@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.sharding import over_devices
-from fedjax_sim.state import DEFENSE, POISON, TRAIN, RoundState, draw_cohort, stream
+from fedjax_sim.sharding import on_every_device, over_devices
+from fedjax_sim.state import (
+    COHORT,
+    DEFENSE,
+    POISON,
+    TRAIN,
+    RoundState,
+    draw_cohort,
+    stream,
+)
 from fedjax_sim.types import (
     Array,
     ClientData,
@@ -77,10 +85,17 @@ def cohort_rows(
 ) -> dict[str, Row]:
     """The rows of every system's cohort of this round, with a leading axis ``k``."""
     attacks = data_attacks(sims)
+
+    def draw(sim: "Simulation", state: RoundState) -> Array:
+        # By every device for itself: XLA would let them share the work of every step.
+        own = on_every_device(functools.partial(draw_cohort, sim), sim.num_devices)
+        drawn: Array = own(stream(state, COHORT))
+        return drawn
+
     return {
         name: jax.vmap(make_row, in_axes=(None, 0, None, None))(
             states[name],
-            draw_cohort(sim, states[name]),
+            draw(sim, states[name]),
             jnp.int32(i),
             attack_place(sim, attacks),
         )
@@ -174,7 +189,7 @@ def defend_cohorts(
             key=stream(state, DEFENSE),
             params=state.params,
             round=round,
-            client_ids=draw_cohort(first, state),
+            client_ids=draw_cohort(first, stream(state, COHORT)),
             features=features and functools.partial(features, state.params),
         )
         return Defended(*defense.apply(gather, state.defense, context))

@@ -347,19 +347,14 @@ def zeros_like_result(f: Callable[[], PyTree]) -> PyTree:
 
 
 def all_reduce(tree: PyTree) -> PyTree:
-    """The sum of a tree over all devices, in one all-reduce of a single vector.
+    """The sum of a tree over all devices, in one all-reduce.
 
     Integers and booleans travel as float32, which holds them exactly up to ``2**24``.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    flat = jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in leaves])
-    flat = jax.lax.psum(flat, AXIS)
-    found, start = [], 0
-    for leaf in leaves:
-        part = flat[start : start + leaf.size].reshape(leaf.shape)
-        found.append(part > 0 if leaf.dtype == bool else part.astype(leaf.dtype))
-        start += leaf.size
-    return jax.tree.unflatten(structure, found)
+    sums = jax.lax.psum(jax.tree.map(lambda x: x.astype(jnp.float32), tree), AXIS)
+    return jax.tree.map(
+        lambda x, old: x > 0 if old.dtype == bool else x.astype(old.dtype), sums, tree
+    )
 
 
 def weighted_mean(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.pytrees import along
-from fedjax_sim.sharding import on_every_device
 from fedjax_sim.types import (
     AnyArray,
     Array,
@@ -227,17 +226,15 @@ def _fresh_state(
     )
 
 
-def draw_cohort(sim: "Simulation", state: RoundState) -> Array:
-    """``int32 [k]``: ids of this round's clients, without replacement."""
+def draw_cohort(sim: "Simulation", key: Array) -> Array:
+    """``int32 [k]``: ids of a round's clients, without replacement.
+
+    ``key`` is the ``stream`` ``COHORT`` of the round.
+    """
     total, count = sim.num_clients, sim.cohort_size
     if count == total:
         return jnp.arange(total)
-    # By every device for itself: XLA would let them share the work of every step.
-    draw = on_every_device(
-        lambda key: draw_distinct(key, total, count), sim.num_devices
-    )
-    drawn: Array = draw(stream(state, COHORT))
-    return drawn
+    return draw_distinct(key, total, count)
 
 
 def draw_distinct(key: Array, total: int, count: int) -> Array:

@@ -122,3 +122,17 @@ def test_distances_to_a_point_do_not_overflow():
     assert distances.distances_to(U, point)[1] == 0
     far = 1.8e19 * np.eye(1, 40, dtype=np.float32)
     np.testing.assert_allclose(distances.distances_to(far, -far[0]), [3.6e19], 1e-6)
+
+
+@pytest.mark.parametrize("n", [65, 128, 200])
+def test_scores_of_many_clients_are_those_of_few(n):
+    rng = np.random.default_rng(n)
+    D = distances.pairwise_sq_distances(jnp.asarray(rng.normal(size=(n, 5)), "float32"))
+    mask = jnp.asarray(rng.random(n) < 0.9)
+    few = distances.krum_scores(D, mask, n // 3)
+    many = jax.jit(distances._scores_of_many)(D, mask, n // 3)
+    np.testing.assert_allclose(many, few, rtol=1e-5)
+    # Where fewer are left than are asked for, those count.
+    np.testing.assert_allclose(
+        distances._scores_of_many(D, mask, n), distances.krum_scores(D, mask, n), 1e-5
+    )

@@ -228,3 +228,17 @@ def test_jit_vmap_and_no_sort():
 def test_unknown_even():
     with pytest.raises(ValueError, match="Did you mean 'midpoint'"):
         order.median(jnp.ones((2, 1)), even="midpiont")
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 17, 40])
+def test_sum_of_smallest(count):
+    x = np.random.default_rng(3).exponential(size=(6, 30)).astype(np.float32)
+    x[0, 4:] = np.inf
+    x[1, :] = 2.5  # ties
+    x[2, ::3] = 0.0
+    x[3] *= 1e-30
+    x[4] *= 1e30
+    found = jax.jit(order.sum_of_smallest)(x, count)
+    kept = np.sort(x, axis=1)[:, :count].astype(np.float64)
+    kept[~np.isfinite(kept)] = 0.0
+    np.testing.assert_allclose(found, kept.sum(axis=1), rtol=1e-5)

@@ -13,22 +13,24 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import sharding
 
-# Needs two devices, which JAX must be told before it starts: a process of its own.
-SCRIPT = Path(__file__).with_name("two_devices.py")
+HERE = Path(__file__).parent
 
 
+# Devices are what JAX must be told of before it starts: processes of their own.
 @pytest.mark.slow
-def test_two_devices_give_what_one_gives():
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+@pytest.mark.parametrize("number", ["two", "four"])
+def test_more_devices_give_what_one_gives(number):
+    count = {"two": "2", "four": "4"}[number]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": count, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        cwd=SCRIPT.parents[1],
-        env=environment | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        [sys.executable, "-m", f"tests.{number}_devices"],
+        cwd=HERE.parent,
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "the same on one and two devices"
+    assert done.stdout.splitlines()[-1] == f"the same on one and {number} devices"
 
 
 def test_use_cores_refuses_what_comes_too_late():
@@ -48,7 +50,7 @@ def test_use_cores_before_jax_starts():
     environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=environment | {"PYTHONPATH": str(SCRIPT.parents[1])},
+        env=environment | {"PYTHONPATH": str(HERE.parent)},
         capture_output=True,
         text=True,
     )

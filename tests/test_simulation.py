@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import fedjax_sim as fs
 from fedjax_sim import evaluation, training
+from fedjax_sim import state as state_module
 from fedjax_sim.state import ROOT, TRAIN, stream
 from fedjax_sim.types import (
     Aggregator,
@@ -406,6 +408,23 @@ def test_attackers_persist_over_rounds():
     assert set(truth) == set(range(N))
     np.testing.assert_array_equal(history.num_byzantine, history.byzantine.sum(1))
     assert len(set(history.num_byzantine.tolist())) > 1
+
+
+@pytest.mark.parametrize(("total", "count"), [(6, 2), (5, 4), (7, 7)])
+def test_few_of_many_are_drawn_uniformly(total, count, monkeypatch):
+    # Every set of numbers alike often, by the way of drawing that large numbers take.
+    monkeypatch.setattr(state_module, "SHUFFLED", 0)
+    keys = jax.random.split(jax.random.key(5), 20_000)
+    draws = jax.vmap(lambda key: state_module.draw_distinct(key, total, count))(keys)
+    draws = np.sort(draws, axis=1)
+    assert (draws[:, 1:] > draws[:, :-1]).all()
+    sets, often = np.unique(draws, axis=0, return_counts=True)
+    assert len(sets) == math.comb(total, count)
+    expected = len(keys) / len(sets)
+    # Chi squared, of which more than mean + 5 standard deviations is no accident.
+    freedom = len(sets) - 1
+    limit = freedom + 5 * math.sqrt(2 * freedom)
+    assert ((often - expected) ** 2 / expected).sum() <= limit
 
 
 def test_cohorts_are_uniform():
