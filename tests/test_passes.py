@@ -1,5 +1,8 @@
 """Rules in passes over rows: the same as on the whole matrix, however it is cut."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import passes, streaming
 from fedjax_sim.types import RoundContext
+from tests.aggregators.cases import CASES
 from tests.trees import assert_close
 
 a = fs.aggregators
@@ -163,3 +167,14 @@ def test_the_cuts_are_three_kinds():
     blocks = {cut: rows_of(U, None, *how).num_blocks for cut, how in CUTS.items()}
     assert blocks["held"] == 1
     assert 1 < blocks["blocks"] <= 9 < blocks["digits"]
+
+
+def test_every_rule_in_passes_is_tested_and_in_the_docs():
+    having = {rule.name for rule in RULES.values()}
+    assert all(rule.in_passes is not None for rule in RULES.values())
+    by_default = [case.make(2) for case in CASES.values()]
+    assert having == {rule.name for rule in by_default if rule.in_passes is not None}
+    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    table = text[text.index("| rule | trained") :].split("\n\n")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert set(re.findall(r"`(\w+)`", first)) == having
