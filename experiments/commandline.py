@@ -50,7 +50,7 @@ def main(parse: Callable[[list[str]], T], run: Callable[[T, Console], Any]) -> N
     """A study as a program: errors the user can mend are a line, and no traceback."""
     try:
         run(parse(sys.argv[1:]), Console(highlight=False, markup=False))
-    except (ValueError, TypeError, OSError, OverflowError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, MemoryError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -185,7 +185,7 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__, prog=prog)
     try:
         scan(config, Console(highlight=False, markup=False))
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -56,8 +56,8 @@ def predict(
     donate: bool = True,
 ) -> Memory:
     """What ``Comparison.run`` will take with these states, or their shapes."""
-    jaxpr = comparison.trace(states, num_rounds, eval_every).jaxpr
-    new_states, histories = comparison.shapes(dict(states), num_rounds, eval_every)
+    traced = comparison.trace(states, num_rounds, eval_every)
+    new_states, histories = traced.out_info
     first = next(iter(comparison.systems.values()))
     state, history = _bytes(new_states), _bytes(histories)
     seeds = next(iter(new_states.values())).key.size
@@ -67,7 +67,7 @@ def predict(
         assert first.update_memory is not None
         updates = seeds * min(-(-held // first.num_devices), first.update_memory)
     copies = first.num_devices if jax.default_backend() == "cpu" else 1
-    peak = peak_of(jaxpr)
+    peak = peak_of(traced.jaxpr)
     return Memory(
         *(
             copies * x

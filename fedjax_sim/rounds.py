@@ -95,20 +95,6 @@ def aggregate_round(
     )
 
 
-def finish_round(
-    sim: "Simulation",
-    state: RoundState,
-    clients: Clients,
-    trained: Trained,
-    defended: Defended | None,
-    root_update: Array | None,
-    root: Clients | None,
-) -> tuple[RoundState, History]:
-    """Attack, aggregation, server step and the round's metrics of one system."""
-    outcome = aggregate_round(sim, state, clients, trained, defended, root_update, root)
-    return close_round(sim, state, defended, outcome)
-
-
 def play_round(
     sims: Mapping[str, "Simulation"],
     states: Mapping[str, RoundState],

@@ -561,12 +561,13 @@ class Comparison:
         elif not donate:
             states = jax.tree.map(jnp.copy, dict(states))
         self._check_states(states)
+        states = self.placed(states)
         if check_memory:
             self._check_memory(states, num_rounds, eval_every)
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last
         states, histories = self._scan(
-            self.placed(states),
+            states,
             self.arrays,
             jnp.int32(start),
             jnp.int32(last),

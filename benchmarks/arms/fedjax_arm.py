@@ -20,7 +20,7 @@ from benchmarks.workloads import (
     NOISE,
     TRAINING,
 )
-from fedjax_sim import rounds, training
+from fedjax_sim import outcome, rounds, training
 from fedjax_sim.types import Aggregator, Clients, Examples, RoundContext
 
 # Systems whose time outside local training is measured.
@@ -170,9 +170,11 @@ def parts(cores: int, steps: int = 60) -> dict[str, Any]:
             sim: Any = sim,
             key: str = key,
         ) -> Any:
-            return rounds.finish_round(
-                sim, states[key], arrays.clients, trained[key], roots.get(key)
+            state = states[key]
+            found = rounds.aggregate_round(
+                sim, state, arrays.clients, trained[key], None, roots.get(key), None
             )
+            return outcome.close_round(sim, state, None, found)
 
         train_all, finish = jax.jit(train), jax.jit(rest)
         trained, roots = train_all(states, arrays)
