@@ -17,7 +17,6 @@ from tests.trees import assert_close
 a = fs.aggregators
 RULES = {
     "fedavg": a.fedavg(),
-    "fedavg uniform": a.fedavg(weighting="uniform"),
     "fedavg total": a.fedavg(denominator="total"),
     "norm_clipping": a.norm_clipping(bound=4.0),
     "norm_clipping median": a.norm_clipping(bound="median"),
@@ -41,12 +40,10 @@ RULES = {
             "filter_then_trust",
             "trust_then_filter",
             "soft",
-            "intersection",
             "dynamic_trust",
             "gated_mean",
         )
     },
-    "dual_system raw": a.dual_system(max_byzantine=3, krum_space="raw"),
     "dual_system root": a.dual_system(max_byzantine=9, fallback="root"),
     "median": a.median(),
     "median lower": a.median(even="lower"),
