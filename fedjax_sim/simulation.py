@@ -481,7 +481,7 @@ class Comparison:
         """Bytes that ``run`` with the same arguments will take, told by its shapes.
 
         The parts of a ``fedjax_sim.memory.Memory``; ``.total`` is their sum, within
-        about a fifth of what is then measured (see docs/scale.md).
+        about a fifth of what XLA then allots. Compiling takes some memory besides.
         """
         _ = self.arrays  # made here, and not while tracing
         states = jax.eval_shape(self._fresh_states, key)
