@@ -508,8 +508,6 @@ def check_passes(sim: "Simulation", cohort: int) -> None:
     """A round whose updates are held by no one can be played.
 
     Raises:
-        TypeError: the rule's or the attack's form in passes returns something else than
-            it should.
         ValueError: rule or attack has no such form, or one update is too much.
     """
     if sim.update_memory is None:

@@ -9,7 +9,6 @@ import jax
 
 from fedjax_sim.buffers import peak_of
 from fedjax_sim.sharding import size_in_bytes
-from fedjax_sim.types import PyTree
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Comparison, Simulation
@@ -59,7 +58,7 @@ def predict(
     traced = comparison.trace(states, num_rounds, eval_every)
     new_states, histories = traced.out_info
     first = next(iter(comparison.systems.values()))
-    state, history = _bytes(new_states), _bytes(histories)
+    state, history = size_in_bytes(new_states), size_in_bytes(histories)
     seeds = next(iter(new_states.values())).key.size
     held = 4 * first.cohort_size * first.num_params
     updates = seeds * held * len(comparison.systems)
@@ -72,7 +71,7 @@ def predict(
         *(
             copies * x
             for x in (
-                _bytes(comparison.arrays),
+                size_in_bytes(comparison.arrays),
                 state * (1 if donate else 2),
                 history,
                 updates,
@@ -156,7 +155,3 @@ def free_memory() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return min(free, default=None)
-
-
-def _bytes(tree: PyTree) -> int:
-    return size_in_bytes(jax.eval_shape(lambda tree: tree, tree))

@@ -17,7 +17,7 @@ from fedjax_sim import distances, order
 from fedjax_sim.sharding import AXIS
 from fedjax_sim.types import Array, PyTree
 
-# From the number of rows that take part to the first and the last rank kept.
+# From who takes part to the first and the last rank kept.
 Ranks = Callable[[Array], tuple[Array | int, Array | int]]
 # Bits of a float32 that one pass of ``mean_of_ranks`` settles, out of 32.
 _DIGIT = 4
@@ -156,7 +156,7 @@ class Rows:
         return sums, of_rows
 
     def columns(
-        self, f: Callable[..., tuple[PyTree, PyTree]], *vectors: Array
+        self, f: Callable[[Array, Array, Array, Array], tuple[PyTree, PyTree]]
     ) -> tuple[PyTree, PyTree]:
         """All rows of some columns at a time.
 
@@ -164,12 +164,10 @@ class Rows:
         them, so that each sees all rows of its share of the block.
 
         Args:
-            f: ``(block [k, b], real bool [b], present bool [k], norms [k], *the same
-                columns of vectors) -> (values with a last axis b, values to be summed
-                over blocks)``. Rows that take no part are zero, and so are columns that
-                are not ``real``, which sums must not count. ``norms`` are those of the
-                whole rows.
-            *vectors: arrays ``[..., d]``.
+            f: ``(block [k, b], real bool [b], present bool [k], norms [k]) -> (values
+                with a last axis b, values to be summed over blocks)``. Rows that take
+                no part are zero, and so are columns that are not ``real``, which sums
+                must not count. ``norms`` are those of the whole rows.
 
         Returns:
             The joined values ``[..., d]`` and the sums.
@@ -178,10 +176,6 @@ class Rows:
         width = -(-self.size // (self.num_blocks * P))  # of a device
         blocks = -(-self.size // (P * width))
         padded = blocks * P * width
-        vectors = tuple(
-            jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, padded - self.size),))
-            for x in vectors
-        )
         me = jax.lax.axis_index(AXIS) if P > 1 else 0
 
         def of_block(j: Array) -> Any:
@@ -193,10 +187,8 @@ class Rows:
             block, seen = self._exchange(block, seen)
             present, norms = seen[:, 0] > 0, seen[:, 1]
             start = (j * P + me) * width
-            mine = (jax.lax.dynamic_slice_in_dim(x, start, width, -1) for x in vectors)
-
             real = start + jnp.arange(width) < self.size
-            joined, summed = f(block, real, present, norms, *mine)
+            joined, summed = f(block, real, present, norms)
             return joined, summed, others
 
         def add(carry: PyTree, j: Array) -> tuple[PyTree, PyTree]:
@@ -397,6 +389,15 @@ def weighted_mean(
     return total * share, weights * share, details
 
 
+def mean(rows: Rows, sizes: Array) -> tuple[Array, Array]:
+    """The mean ``[d]`` of those that take part, by their sizes, and its weights."""
+
+    def weigh(updates: Array, sizes: Array) -> tuple[Array, Array, tuple]:
+        return sizes, sizes, ()
+
+    return weighted_mean(rows, weigh, sizes)[:2]
+
+
 def norms(rows: Rows) -> Array:
     """Euclidean norms ``[k]`` of the updates, 0 of those that take no part."""
     return rows.scan(lambda updates, _: ((), jnp.linalg.norm(updates, axis=1)))[1]
@@ -437,7 +438,7 @@ def mean_of_ranks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
 
     Args:
         rows: the updates.
-        ranks: from the number of rows that take part to the first and last rank kept.
+        ranks: from who takes part, ``bool [k]``, to the first and last rank kept.
 
     Returns:
         The means ``[d]`` and the shares ``[k]``, as there.
@@ -446,7 +447,7 @@ def mean_of_ranks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
         >>> import jax.numpy as jnp
         >>> U = jnp.array([[1.0, 9.0], [2.0, 5.0], [3.0, 6.0]])
         >>> rows = Rows(lambda places: (U[places], ()), 3, 2, chunk=1, memory=8)
-        >>> means, shares = mean_of_ranks(rows, lambda n: ((n - 1) // 2, n // 2))
+        >>> means, shares = mean_of_ranks(rows, lambda mask: (1, 1))
         >>> means.tolist(), shares.tolist()
         ([2.0, 6.0], [0.0, 0.5, 0.5])
     """
@@ -459,7 +460,7 @@ def mean_of_ranks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
 
 def _by_blocks(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
     def part(block: Array, real: Array, present: Array, norms: Array) -> Any:
-        first, last = ranks(present.sum())
+        first, last = ranks(present)
         means, supplied, _ = order.of_ranks(block, present, first, last, real=real)
         return means, supplied
 
@@ -470,7 +471,7 @@ def _by_digits(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
     digits = jnp.arange(1 << _DIGIT, dtype=jnp.uint32)
     columns = jnp.arange(rows.size)
 
-    def counts(prefixes: Array, shift: Array) -> tuple[Array, Array]:
+    def counts(prefixes: Array, shift: Array) -> Array:
         """``[2, 16, d]``: values by their next digit, of those that start alike."""
 
         def part(updates: Array, present: Array) -> tuple[PyTree, tuple]:
@@ -484,9 +485,10 @@ def _by_digits(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
                 zero = jnp.zeros((len(digits), rows.size))
                 return zero.at[digit.astype(jnp.int32), columns[None]].add(hits)
 
-            return (jax.vmap(of)(prefixes), present.sum()), ()
+            return jax.vmap(of)(prefixes), ()
 
-        return rows.scan(part)[0]
+        found: Array = rows.scan(part)[0]
+        return found
 
     def narrow(
         state: tuple[Array, Array, Array], found: Array
@@ -505,16 +507,16 @@ def _by_digits(rows: Rows, ranks: Ranks) -> tuple[Array, Array]:
         return prefixes, at(upto) - at(found), at(found)
 
     start = jnp.zeros((2, rows.size), jnp.uint32)
-    found, num_rows = counts(start, jnp.uint32(32 - _DIGIT))
-    first, last = ranks(num_rows)
-    first, last = jnp.maximum(first, 0), jnp.minimum(last, num_rows - 1)
+    found = counts(start, jnp.uint32(32 - _DIGIT))
+    first, last = ranks(rows.present)
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, rows.present.sum() - 1)
     num_kept = jnp.maximum(last - first + 1, 0)
     wanted = jnp.stack([first, last]).astype(jnp.float32)
     state = narrow((start, jnp.zeros(start.shape), jnp.zeros(start.shape)), found)
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         shift = (32 - _DIGIT - i * _DIGIT).astype(jnp.uint32)
-        return narrow(state, counts(state[0], shift)[0])
+        return narrow(state, counts(state[0], shift))
 
     prefixes, below, ties = jax.lax.fori_loop(1, 32 // _DIGIT, step, state)
     low, high = _from_sortable(prefixes)

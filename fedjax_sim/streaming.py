@@ -32,7 +32,6 @@ def play_in_passes(
     """A round of one system whose updates are held by no one; see ``passes``."""
     decided = {} if defended is None else {"": defended}
     row = defended_rows({"": sim}, {"": state}, arrays, decided)[""]
-    size = sum(x.size for x in jax.tree.leaves(state.params))
 
     def part(state: RoundState, arrays: Arrays, row: Row, root_update: Any) -> Outcome:
         ids = row.client_id
@@ -44,7 +43,7 @@ def play_in_passes(
         rows = Rows(
             row_maker(sim, state, arrays.clients, row),
             len(ids),
-            size,
+            sim.num_params,
             chunk=max(sim.client_chunk, ROWS_AT_A_TIME),
             memory=sim.update_memory,
             mask=context.mask,

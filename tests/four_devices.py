@@ -4,7 +4,6 @@ import re
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from fedjax_sim import passes, sharding
 from tests.test_passes import CUTS, RULES, N, cohort
@@ -48,13 +47,7 @@ def program(rule, U, context, chunk, memory):
         )
         return *rule.in_passes(rows, state, context), rows.present
 
-    spread = jax.shard_map(
-        part,
-        mesh=sharding.device_mesh(DEVICES),
-        in_specs=PartitionSpec(),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
+    spread = sharding.on_every_device(part, DEVICES)
     return jax.jit(spread), (U, context, state)
 
 

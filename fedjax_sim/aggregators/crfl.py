@@ -116,9 +116,7 @@ def crfl(
         rows: passes.Rows, state: PyTree, context: RoundContext
     ) -> tuple[Array, PyTree, AggregatorInfo]:
         sizes = client_sizes(len(rows), context, by_data)
-        mean, weights, _ = passes.weighted_mean(
-            rows, lambda updates, sizes: (sizes, sizes, ()), sizes
-        )
+        mean, weights = passes.mean(rows, sizes)
         scores = jnp.where(rows.present, 0.0, jnp.inf)
         info = AggregatorInfo(weights, ~rows.present, scores)
         return finish(mean, weights, context), state, info

@@ -86,9 +86,7 @@ def fedavg(weighting: str = "data", denominator: str = "cohort") -> Aggregator:
         rows: passes.Rows, state: PyTree, context: RoundContext
     ) -> tuple[Array, PyTree, AggregatorInfo]:
         sizes = client_sizes(len(rows), context, by_data)
-        mean, weights, _ = passes.weighted_mean(
-            rows, lambda updates, sizes: (sizes, sizes, ()), sizes
-        )
+        mean, weights = passes.mean(rows, sizes)
         mask = rows.present
         if over_all:
             mean = mean * (mask.sum() / state)

@@ -63,7 +63,9 @@ def median(even: str = "midpoint") -> Aggregator:
     def in_passes(
         rows: passes.Rows, state: PyTree, context: RoundContext
     ) -> tuple[Array, PyTree, AggregatorInfo]:
-        aggregate, weights = passes.mean_of_ranks(rows, lambda n: median_ranks(n, even))
+        aggregate, weights = passes.mean_of_ranks(
+            rows, lambda mask: median_ranks(mask.sum(), even)
+        )
         scores = jnp.where(rows.present, 1.0 - weights, jnp.inf)
         return aggregate, state, AggregatorInfo(weights, ~rows.present, scores)
 

@@ -109,7 +109,9 @@ def robust_learning_rate(threshold: int = 4, base: str = "mean") -> Aggregator:
         mask = rows.present & (rows.present.sum() >= threshold)
         suspicion = jnp.zeros(len(rows))
         if by_median:
-            aggregate, weights = passes.mean_of_ranks(rows, lambda n: median_ranks(n))
+            aggregate, weights = passes.mean_of_ranks(
+                rows, lambda mask: median_ranks(mask.sum())
+            )
             enough = mask.any()
             aggregate = jnp.where(enough, aggregate, 0.0)
             weights = jnp.where(enough, weights, 0.0)

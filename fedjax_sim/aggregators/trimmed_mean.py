@@ -86,8 +86,8 @@ def trimmed_mean(
     def in_passes(
         rows: passes.Rows, state: PyTree, context: RoundContext
     ) -> tuple[Array, PyTree, AggregatorInfo]:
-        def kept(num_rows: Array) -> tuple[Array, Array]:
-            b = jnp.maximum(cut(len(rows)) - (len(rows) - num_rows), 0)
+        def kept(mask: Array) -> tuple[Array, Array]:
+            num_rows, b = assumed_counts(mask, cut(len(rows)))
             return b, num_rows - 1 - b
 
         aggregate, weights = passes.mean_of_ranks(rows, kept)

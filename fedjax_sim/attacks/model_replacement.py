@@ -88,16 +88,19 @@ def model_replacement(
         updates: PyTree, state: PyTree, context: RoundContext
     ) -> tuple[PyTree, PyTree]:
         byzantine = require("model_replacement", context, "byzantine")
-        gamma = gamma_of(taking_part(updates, context), byzantine, state)
+        gamma = state
+        if scale is None:
+            gamma = gamma_of(taking_part(updates, context), byzantine)
         return replace_rows(lambda u: boost(u, gamma), byzantine, updates), state
 
     def in_passes(
         rows: Rows, state: PyTree, context: RoundContext
     ) -> Callable[[Array, Array], Array]:
         byzantine = require("model_replacement", context, "byzantine")
+        gamma = state
         if scale is None:
             look_at(rows)
-        gamma = state if scale else gamma_of(rows.present, byzantine, state)
+            gamma = gamma_of(rows.present, byzantine)
 
         def change(updates: Array, places: Array) -> Array:
             boosted = boost(updates, gamma)
@@ -105,9 +108,7 @@ def model_replacement(
 
         return change
 
-    def gamma_of(present: Array, byzantine: Array, state: PyTree) -> Array:
-        if scale is not None:
-            return state
+    def gamma_of(present: Array, byzantine: Array) -> Array:
         attackers = jnp.maximum(jnp.sum(present & byzantine), 1)
         return jnp.sum(present) / (server_rate * attackers)
 
