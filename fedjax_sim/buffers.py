@@ -39,7 +39,7 @@ _IN_PLACE = _names("dynamic_update_slice scatter scatter-add scatter_add scatter
 _LOOPS = _names("scan while")
 
 
-def peak_of(jaxpr: core.ClosedJaxpr) -> int:
+def peak_of(jaxpr: core.ClosedJaxpr, idle: bool = False) -> int:
     """Bytes of buffers, besides its arguments, that a program holds at most.
 
     An estimate of what XLA will allocate. Operations run in the order in which they are
@@ -50,6 +50,8 @@ def peak_of(jaxpr: core.ClosedJaxpr) -> int:
     Args:
         jaxpr: of the program, as ``jax.make_jaxpr(f)(*args)`` returns it; arguments may
             be ``jax.ShapeDtypeStruct``.
+        idle: on a device that has no turn wherever devices take turns (a branch chosen
+            by the device's own number).
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,7 +61,7 @@ def peak_of(jaxpr: core.ClosedJaxpr) -> int:
         >>> peak_of(jax.make_jaxpr(lambda x: (jnp.exp(x) @ x).sum())(x))
         8000000
     """
-    return _peak(jaxpr.jaxpr, set(range(len(jaxpr.jaxpr.outvars))))
+    return _peak(jaxpr.jaxpr, set(range(len(jaxpr.jaxpr.outvars))), (), idle)
 
 
 @dataclasses.dataclass
@@ -79,7 +81,7 @@ class _Value:
         self.bytes = size_in_bytes(aval)
 
 
-def _peak(jaxpr: Any, kept: set[int], loose: Sequence[int] = ()) -> int:
+def _peak(jaxpr: Any, kept: set[int], loose: Sequence[int], idle: bool) -> int:
     """What is held at most, besides the arguments.
 
     ``kept`` are the places of the results that need a buffer of their own, ``loose``
@@ -119,9 +121,12 @@ def _peak(jaxpr: Any, kept: set[int], loose: Sequence[int] = ()) -> int:
     for x in wanted:
         last.update(dict.fromkeys(sources.get(x, ()), len(steps)))
 
+    of_device: set[Any] = set()  # what follows from a device's own number
     held = {named[jaxpr.invars[i]] for i in loose}
     peak = now = start = sum(x.bytes for x in held)
     for i, step in enumerate(steps):
+        if step.name == "axis_index" or of_device.intersection(step.inputs):
+            of_device.update(step.outputs)
         new = [x for x in step.outputs if x in sources[x] and x not in given]
         ending = {x for x in reads[i] if last[x] == i and x in held}
         if step.name in _IN_PLACE or step.name in _LOOPS:
@@ -142,7 +147,8 @@ def _peak(jaxpr: Any, kept: set[int], loose: Sequence[int] = ()) -> int:
         for x in new:
             held.add(x)
             now += x.bytes
-        peak = max(peak, now + _inner(step))
+        turn = step.name == "cond" and step.inputs[0] in of_device
+        peak = max(peak, now + _inner(step, idle, turn))
         for x in ending | {x for x in new if x not in last}:
             held.discard(x)
             now -= x.bytes
@@ -223,18 +229,23 @@ def _carried(step: _Step) -> Sequence[int]:
     return (0,) if step.name in _IN_PLACE else ()
 
 
-def _inner(step: _Step) -> int:
-    """What a loop or a branch holds besides its arguments and results."""
+def _inner(step: _Step, idle: bool, turn: bool) -> int:
+    """What a loop or a branch holds besides its arguments and results.
+
+    ``turn`` says of a branch that devices take turns in it.
+    """
     if step.name == "scan":
         body = step.params["jaxpr"].jaxpr
-        return _peak(body, set(range(step.params["num_carry"])), _carried(step))
+        kept = set(range(step.params["num_carry"]))
+        return _peak(body, kept, _carried(step), idle)
     if step.name == "while":
         body = step.params["body_jaxpr"].jaxpr
         carried = range(step.params["body_nconsts"], len(body.invars))
-        return _peak(body, set(range(len(body.outvars))), carried)
+        return _peak(body, set(range(len(body.outvars))), carried, idle)
     if step.name == "cond":
         # Results are those of the branch: they are there already.
-        return max(_peak(b.jaxpr, set()) for b in step.params["branches"])
+        branches = [_peak(b.jaxpr, set(), (), idle) for b in step.params["branches"]]
+        return min(branches) if idle and turn else max(branches)
     return 0
 
 

@@ -66,18 +66,17 @@ def predict(
         assert first.update_memory is not None
         updates = seeds * min(-(-held // first.num_devices), first.update_memory)
     copies = first.num_devices if jax.default_backend() == "cpu" else 1
-    peak = peak_of(traced.jaxpr)
+    # Systems take turns over the devices: the others wait for those that have one.
+    busy = min(len(comparison.systems), copies)
+    peak = busy * peak_of(traced.jaxpr)
+    if busy < copies:
+        peak += (copies - busy) * peak_of(traced.jaxpr, idle=True)
     return Memory(
-        *(
-            copies * x
-            for x in (
-                size_in_bytes(comparison.arrays),
-                state * (1 if donate else 2),
-                history,
-                updates,
-                max(peak - state - history - updates, 0),
-            )
-        )
+        data=copies * size_in_bytes(comparison.arrays),
+        state=copies * state * (1 if donate else 2),
+        history=copies * history,
+        updates=copies * updates,
+        work=max(peak - copies * (state + history + updates), 0),
     )
 
 

@@ -1,0 +1,430 @@
+"""Time, memory and accuracy against clients, cohort, model, rule and devices.
+
+Every measurement is one simulation in a process of its own: the memory is told, the
+program compiled, run and run again. A finished one is kept in --out: the same command
+goes on where it was stopped, and longer lists of options add to it.
+
+Series (--series):
+  clients   the population grows, the cohort stays: 100 clients to a million.
+  cohort    of the largest population more and more clients train in a round.
+  width     the network grows.
+  rule      all clients take part; each rule with all updates in memory and, with
+            --update-memory, in passes where it has such a form, on each of --devices.
+
+Presets:
+  demo      up to 100,000 clients, 1,000 that all take part: two minutes on 2 cores.
+  full      up to a million, 10,000 that all take part: what docs/results/scaling holds.
+            Under half an hour on 2 cores.
+
+Example:
+  python -m experiments.client_scaling --preset demo --out runs/scaling
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import jax
+from rich.console import Console
+
+import fedjax_sim as fs
+from experiments import (
+    commandline,
+    results,
+    rundir,
+    runner,
+    scaling_point,
+    scaling_report,
+    specs,
+)
+from experiments.scaling_point import Found, Point
+from fedjax_sim.memory import gigabytes
+from fedjax_sim.sharding import usable_cores
+
+T = TypeVar("T")
+Series = Literal["clients", "cohort", "width", "rule"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time, memory and accuracy against clients, cohort, model, rule and devices."""
+
+    STUDY: ClassVar[str] = "client_scaling"
+
+    #: Starting values of the other options: demo (two minutes on 2 cores) or full (up
+    #: to a million clients).
+    preset: Literal["demo", "full"] = "demo"
+    #: digits or breast_cancer (embedded), mnist, a set of MedMNIST, or tfds:NAME. The
+    #: clients draw their samples from its training set.
+    dataset: str = "digits"
+    #: Folder with idx/mnist/*.gz, tfds/mnist/... or medmnist/*.npz.
+    #: Default: $FEDJAX_SIM_DATA, else a user cache folder.
+    data_dir: Path | None = None
+    #: Folder for the measurements and the reports. Those found there are not repeated.
+    out: Path = Path("runs/scaling")
+    #: Seed of everything.
+    seed: int = 0
+    #: What to vary.
+    series: tuple[Series, ...] = ("clients", "cohort", "width", "rule")
+
+    #: Populations, of series clients. The other series but rule have the last one.
+    clients: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
+    #: Rules of series clients. Series cohort and width have the first one.
+    aggregators: tuple[str, ...] = ("fltrust",)
+    #: Clients that train in a round, of series cohort. The others have the first one.
+    cohorts: tuple[int, ...] = (100, 1_000)
+    #: Hidden units of the network, of series width; 0 for no hidden layer. The others
+    #: have the first one.
+    widths: tuple[int, ...] = (32, 1_024)
+    #: Clients of series rule, which all take part in every round.
+    everyone: int = 1_000
+    #: Rules of series rule.
+    rules: tuple[str, ...] = ("median", "krum")
+    #: Bytes of updates that a device may hold: series rule then has every rule twice,
+    #: with all updates held and, where it has such a form, with this limit.
+    update_memory: int | None = None
+    #: Devices of series rule (on CPU, cores). The others have the first number.
+    devices: tuple[int, ...] = (1, 2)
+
+    #: Attack, or none.
+    attack: str = "sign_flip"
+    #: Fraction of the clients that attack.
+    attackers: float = 0.2
+    #: Samples of a client.
+    samples: int = 20
+    #: Local batch size, of one epoch.
+    batch_size: int = 10
+    #: Local learning rate (plain SGD).
+    lr: float = 0.1
+    #: Rounds of a compiled run.
+    rounds: int = 20
+    #: Rounds of a compiled run of series rule.
+    rule_rounds: int = 2
+    #: Runs after the first one, which compiles: the median of their times is reported.
+    repeats: int = 3
+
+
+PRESETS: dict[str, Config] = {
+    "demo": Config(),
+    "full": Config(
+        preset="full",
+        out=Path("runs/scaling-full"),
+        clients=(100, 1_000, 10_000, 100_000, 1_000_000),
+        aggregators=("fedavg", "fltrust", "median", "foolsgold"),
+        cohorts=(100, 10, 1_000, 10_000),
+        widths=(32, 0, 256, 2_048, 16_384),
+        everyone=10_000,
+        rules=(
+            "fedavg",
+            "fltrust",
+            "norm_clipping(bound=1.0)",
+            "geometric_median",
+            "median",
+            "trimmed_mean",
+            "krum",
+            "dual_system",
+        ),
+        update_memory=2**23,
+    ),
+}
+
+
+def parse(arguments: list[str]) -> Config:
+    """The configuration of a command line; its options override the preset's."""
+    usual = commandline.preset(arguments, PRESETS, "demo")
+    return commandline.parse(arguments, usual, __doc__)
+
+
+def check(config: Config) -> None:
+    """Validates the options before anything is measured.
+
+    Raises:
+        ValueError, TypeError: with what was expected and what came.
+    """
+    lists = ("series", "clients", "aggregators", "cohorts", "widths", "rules")
+    for field in (*lists, "devices"):
+        values = getattr(config, field)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(
+                f"--{field} must name one or more, each once; got {values}."
+            )
+    counts: tuple[str, ...] = (
+        "clients",
+        "cohorts",
+        "devices",
+        "everyone",
+        "update_memory",
+        "samples",
+    )
+    counts += ("batch_size", "rounds", "rule_rounds", "repeats")
+    for field, low in (dict.fromkeys(counts, 1) | {"widths": 0, "seed": 0}).items():
+        values = getattr(config, field)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not low <= value < 2**31:
+                flag = f"--{field.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {low}; got {value}.")
+    if not 0 < config.lr < float("inf"):
+        raise ValueError(f"--lr must be a positive number; got {config.lr}.")
+    if not 0 <= config.attackers < 0.5:
+        raise ValueError(f"--attackers must be in [0, 0.5); got {config.attackers}.")
+    if max(config.cohorts) > config.clients[-1]:
+        raise ValueError(
+            f"--cohorts {max(config.cohorts)} of {config.clients[-1]} clients (the "
+            "last of --clients): a cohort cannot be larger than the population."
+        )
+    if "clients" in config.series and config.cohorts[0] > min(config.clients):
+        raise ValueError(
+            f"series clients has cohorts of {config.cohorts[0]} (the first of "
+            f"--cohorts), but only {min(config.clients)} clients (the least of "
+            "--clients)."
+        )
+    specs.make_attack(config.attack, specs.ANY_CLASSES)
+    for point in all_points(config):
+        rule(point).validate(point.cohort)
+
+
+def rule(point: Point) -> fs.types.Aggregator:
+    """The aggregator of a point."""
+    assumed = round(point.attackers * point.cohort)
+    return specs.make_aggregator(point.aggregator, assumed)
+
+
+def points(config: Config, series: str) -> list[Point]:
+    """What a series measures."""
+    usual = Point(
+        clients=config.clients[-1],
+        cohort=config.cohorts[0],
+        width=config.widths[0],
+        aggregator=config.aggregators[0],
+        devices=config.devices[0],
+        update_memory=None,
+        attack=config.attack,
+        attackers=config.attackers,
+        samples=config.samples,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        dataset=config.dataset,
+        rounds=config.rounds,
+        repeats=config.repeats,
+        seed=config.seed,
+    )
+    change = dataclasses.replace
+    if series == "clients":
+        return [
+            change(usual, clients=n, aggregator=aggregator)
+            for aggregator in config.aggregators
+            for n in sorted(config.clients)
+        ]
+    if series == "cohort":
+        return [change(usual, cohort=k) for k in sorted(config.cohorts)]
+    if series == "width":
+        return [change(usual, width=width) for width in sorted(config.widths)]
+    everyone = change(
+        usual,
+        clients=config.everyone,
+        cohort=config.everyone,
+        rounds=config.rule_rounds,
+    )
+    return [
+        point
+        for aggregator in config.rules
+        for memory in dict.fromkeys((None, config.update_memory))
+        for devices in config.devices
+        if (
+            point := change(
+                everyone,
+                aggregator=aggregator,
+                update_memory=memory,
+                devices=devices,
+            )
+        )
+        and (memory is None or rule(point).in_passes is not None)
+    ]
+
+
+def all_points(config: Config) -> list[Point]:
+    """Those of all series, each once."""
+    return list(dict.fromkeys(p for s in config.series for p in points(config, s)))
+
+
+def point_file(config: Config, point: Point) -> Path:
+    """Where a point is kept: its name has the hash of all that it depends on."""
+    text = json.dumps([config.STUDY, fs.__version__, dataclasses.asdict(point)])
+    text += specs.source_hash(point.aggregator) + specs.source_hash(point.attack)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return config.out / "points" / f"{key}.json"
+
+
+def found(path: Path) -> dict[str, Any] | None:
+    """A measurement that was kept; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        Found(**content["found"])
+        content["point"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}). Delete it to measure this point again."
+        ) from None
+    return content
+
+
+def apart(f: Callable[..., T], devices: int, *args: Any) -> T:
+    """``f(*args)`` in a process of its own, with that many CPU devices.
+
+    Raises:
+        MemoryError: the process ended without a word.
+        Exception: whatever ``f`` raises.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # What takes long to import is imported once, by the process that all come from.
+    context.set_forkserver_preload(["experiments.scaling_point", "sklearn.datasets"])
+    with ProcessPoolExecutor(1, context, _prepare, (devices,)) as pool:
+        try:
+            return pool.submit(f, *args).result()
+        except BrokenProcessPool:
+            raise MemoryError(
+                "its process ended without a word, as it does where memory runs out "
+                "and the system kills it"
+            ) from None
+
+
+def _prepare(devices: int) -> None:
+    """Sets a new process up to measure."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the study says that it was stopped
+    fs.use_cores(devices)
+    # Compiling is measured, so nothing compiled before may be found.
+    jax.config.update("jax_enable_compilation_cache", False)
+    # On a GPU, take what is needed and not most of the memory at once.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+def run(config: Config, console: Console) -> None:
+    """Checks everything, measures what is missing, and writes the reports.
+
+    Raises:
+        ValueError, TypeError: a bad option, before anything is measured; or a point
+            that could not be.
+    """
+    # The measurements run in other processes: this one leaves a GPU to them.
+    jax.config.update("jax_platforms", "cpu")
+    check(config)
+    rundir.check_writable(config.out)
+    if not (config.out / "machine.json").exists():
+        rundir.check_unused(config.out, "scaling study")
+    contents = {point: found(point_file(config, point)) for point in all_points(config)}
+    with rundir.hold(config.out):
+        (config.out / "points").mkdir(exist_ok=True)
+        machine = probe(config, console)
+        missing = [point for point, content in contents.items() if content is None]
+        console.print(
+            f"{len(contents) - len(missing)} of {len(contents)} points measured "
+            f"before, {len(missing)} to measure on {machine['versions']['device']}"
+        )
+        start = time.perf_counter()
+        with runner.progress_bar(console) as progress:
+            task = progress.add_task("points", total=len(missing))
+            for count, point in enumerate(missing, start=1):
+                progress.update(task, description=label(point))
+                content = measure(config, point)
+                contents[point] = content
+                progress.update(task, advance=1)
+                left = (time.perf_counter() - start) / count * (len(missing) - count)
+                progress.console.print(
+                    f"{count}/{len(missing)} {label(point)}: {told(content)} (left: "
+                    f"about {runner.duration(left)})",
+                    soft_wrap=True,
+                )
+        series: dict[str, list[dict[str, Any]]] = {
+            name: [contents[p] or {} for p in points(config, name)]
+            for name in config.series
+        }
+        command = commandline.command(config, PRESETS[config.preset])
+        scaling_report.write(config, command, machine, series, console)
+
+
+def probe(config: Config, console: Console) -> dict[str, Any]:
+    """What the machine can do, measured once for a folder.
+
+    Raises:
+        ValueError: fewer devices than ``--devices`` asks for; another machine's folder;
+            or a damaged file.
+    """
+    path = config.out / "machine.json"
+    if path.exists():
+        try:
+            machine: dict[str, Any] = json.loads(path.read_text())
+            machine["flops"], machine["bytes"], machine["devices"]
+            machine["versions"]["device"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}). Delete it to measure it again."
+            ) from None
+    else:
+        console.print("measuring what the machine can do")
+        machine = apart(scaling_point.machine, usable_cores())
+    if max(config.devices) > machine["devices"]:
+        raise ValueError(
+            f"--devices {max(config.devices)}, but there are {machine['devices']}."
+        )
+    results.write_atomically(path, json.dumps(machine, indent=2) + "\n")
+    return machine
+
+
+def measure(config: Config, point: Point) -> dict[str, Any]:
+    """Measures a point and keeps it; of one that does not fit, the reason.
+
+    That one is not kept: another time there may be more memory.
+    """
+    content: dict[str, Any] = {"point": dataclasses.asdict(point)}
+    try:
+        found = apart(scaling_point.measure, point.devices, point, config.data_dir)
+        content["found"] = found._asdict()
+    except MemoryError as error:
+        return content | {"refused": str(error)}
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"{label(point)}: {error}") from None
+    path = point_file(config, point)
+    results.write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def label(point: Point) -> str:
+    """A point in a few words."""
+    parts = [f"{point.clients:,} clients", f"cohort {point.cohort:,}"]
+    parts += [f"width {point.width}", point.aggregator]
+    if point.update_memory is not None:
+        parts.append(f"in {gigabytes(point.update_memory)}")
+    return ", ".join(parts) + f", {point.devices} device(s)"
+
+
+def told(content: dict[str, Any]) -> str:
+    """What was found, in a line."""
+    if "refused" in content:
+        return f"refused: {content['refused']}"
+    measured = Found(**content["found"])
+    return (
+        f"{1e3 * measured.round_seconds:.3g} ms a round, "
+        f"{gigabytes(measured.peak_bytes)} (told {gigabytes(measured.told_bytes)}), "
+        f"compiled in {measured.compile_seconds:.1f} s, accuracy "
+        f"{measured.accuracy:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    runner.exit_on_interrupt("the same command continues")
+    commandline.main(parse, run)
