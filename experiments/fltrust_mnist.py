@@ -118,6 +118,13 @@ class Config:
     #: Cores of the CPU, each of which trains its own clients. Default:
     #: $JAX_NUM_CPU_DEVICES, else all that this process may use, at most 8.
     cores: int | None = None
+    #: Bytes of the cohort's updates that a device may hold; more are seen in passes, by
+    #: rules that have such a form (docs/scale.md). Default: all of them.
+    update_memory: int | None = None
+    #: This process is one of several that run the study together, each with its own
+    #: clients: auto under SLURM, Open MPI or Kubernetes, else HOST:PORT,PROCESSES,ID.
+    #: experiments.launch starts them.
+    distributed: str | None = None
 
     #: Any attack of the README's table, with options and joined by + as attack_matrix
     #: has them: alie, 'badnets(target=0)+model_replacement', 'mimic(warmup=5)'.
@@ -310,9 +317,13 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         root_bias=config.root_bias,
         seed=config.partition_seed,
     )
+    everybody: fs.types.Clients | fs.hosts.HostClients = clients
+    if config.distributed is not None:
+        own = fs.hosts.own_clients(config.clients)
+        everybody = fs.hosts.share(fs.hosts.cut(clients, own))
     shared: dict[str, Any] = {
         "model": make_model(data.train.inputs.shape[1:], data.num_classes),
-        "clients": clients,
+        "clients": everybody,
         "test": data.test,
         "client_update": fs.local_sgd(
             optax.sgd(config.lr), epochs=config.epochs, batch_size=config.batch_size
@@ -321,6 +332,7 @@ def make_phases(config: Config) -> tuple[list[runner.Phase], str]:
         "root_steps": config.root_steps,
         "cohort_size": runner.cohort_size(config),
         "client_chunk": config.client_chunk,
+        "update_memory": config.update_memory,
     }
     attack = make_attack(config, data.num_classes)
     attacked: dict[str, Any] = {

@@ -21,7 +21,16 @@ from fedjax_sim.sharding import usable_cores
 
 # Options that do not change what a round computes, and so are not part of a run's key:
 # where the run is, and (but for whether it forks) how long it is.
-WHERE = ("out", "data_dir", "resume", "segment", "preset", "cores")
+WHERE = (
+    "out",
+    "data_dir",
+    "resume",
+    "segment",
+    "preset",
+    "cores",
+    "update_memory",
+    "distributed",
+)
 HOW_LONG = ("rounds", "attack_rounds", "long_rounds", "sweep_rounds")
 # Options with a default that is how runs were before they existed: no part of the key
 # where they have it.

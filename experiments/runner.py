@@ -5,6 +5,7 @@ a key or forked from a system of the phase before. Between the segments of a pha
 checkpoint is written and progress is shown; inside there is only the compiled scan.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -233,13 +234,17 @@ def run(
         ValueError: a bad option, before any training.
     """
     rundir.check_out(config)
-    start(config.cores)
+    start(config.cores, getattr(config, "distributed", None))
+    # Of several processes, process 0 writes the results and says how far they are.
+    writes = jax.process_index() == 0
+    console.quiet = not writes
     phases, source = make_phases(config)
     check_progress(config, phases)
-    with rundir.open_out(config, source):
+    with rundir.open_out(config, source) if writes else contextlib.nullcontext():
         console.print(settings(config))
         result = run_study(config, phases, console)
-        write(config, result, console)
+        if writes:
+            write(config, result, console)
     return result
 
 
@@ -373,6 +378,7 @@ def _run_phase(
 ) -> Played:
     """Plays a phase from its last checkpoint, or from ``states``, to its end."""
     directory = _checkpoints(config, phase)
+    writes = jax.process_index() == 0
     start = begin(states)
     first, last = start.round, start.round + phase.num_rounds
     found = latest(directory, comparison, start, config.eval_every)
@@ -383,6 +389,7 @@ def _run_phase(
         console.print(f"{phase.name}: no checkpoint yet, starting at round {first}")
     remaining = last - played.round
     pace = estimate(comparison, config.num_seeds) if remaining else 0.0
+    pace = fs.hosts.agree(pace)  # all processes have to stop at the same rounds
     segment = config.segment or default_segment(
         phase.num_rounds, config.eval_every, pace
     )
@@ -413,16 +420,18 @@ def _run_phase(
             ),
         ):
             played = ahead
-            write_metrics(
-                config.out / "metrics.csv", earlier | shown(played), config.seed
-            )
+            if writes:
+                write_metrics(
+                    config.out / "metrics.csv", earlier | shown(played), config.seed
+                )
             progress.update(task, completed=played.round - first)
             progress.console.print(
                 f"round {played.round}/{last}: {latest_accuracies(shown(played))}",
                 soft_wrap=True,
             )
-    write_metrics(config.out / "metrics.csv", earlier | shown(played), config.seed)
-    write_clients(config.out / "clients.npz", earlier | shown(played))
+    if writes:
+        write_metrics(config.out / "metrics.csv", earlier | shown(played), config.seed)
+        write_clients(config.out / "clients.npz", earlier | shown(played))
     return played._replace(history=shown(played))
 
 
@@ -523,12 +532,16 @@ def estimate(comparison: fs.Comparison, num_seeds: int) -> float:
     per_system = float(np.mean(sim.client_update.num_steps(sizes))) * sim.cohort_size
     roots = sum(s.root_steps or 0 for s in sims if "root_update" in s.needs)
     steps = num_seeds * (len(sims) * per_system + roots)
-    params = sim.model.init(jax.random.key(0))
-    if steps * sum(leaf.size for leaf in jax.tree.leaves(params)) < WORTH_MEASURING:
+    if steps * sim.num_params < WORTH_MEASURING:
         return 0.0
+    params = sim.model.init(jax.random.key(0))
+    clients, devices = sim.clients, sim.num_devices
+    if isinstance(clients, fs.hosts.HostClients):
+        # On one device, with clients that are here.
+        clients, devices, steps = clients.own, 1, steps / sim.num_devices
     probe_steps = 20
     update = sim.client_update.with_steps(probe_steps)
-    count = min(sim.client_chunk * sim.num_devices, sim.cohort_size)
+    count = min(sim.client_chunk * devices, sim.cohort_size, clients.num_clients)
 
     def probe(shared: Any, ids: Any) -> Any:
         clients, params = shared
@@ -542,8 +555,8 @@ def estimate(comparison: fs.Comparison, num_seeds: int) -> float:
 
         return jax.vmap(one)(ids)
 
-    args = replicate(((sim.clients, params), np.arange(count)), sim.num_devices)
-    compiled = jax.jit(over_devices(probe, sim.num_devices)).lower(*args).compile()
+    args = replicate(((clients, params), np.arange(count)), devices)
+    compiled = jax.jit(over_devices(probe, devices)).lower(*args).compile()
     jax.block_until_ready(compiled(*args))
     took = min(_timed(lambda: compiled(*args))[0] for _ in range(3))
     return took / (probe_steps * count) * steps
@@ -579,10 +592,11 @@ def exit_on_interrupt(way_on: str = "--resume continues") -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def start(cores: int | None) -> None:
+def start(cores: int | None, distributed: str | None = None) -> None:
     """Sets JAX up for a study: ``--cores``, and a cache of compiled programs.
 
-    A notebook that has used JAX already keeps the devices it has.
+    With ``distributed``, ``--distributed``, this process joins the others of its job. A
+    notebook that has used JAX already keeps the devices it has.
 
     Raises:
         ValueError: ``--cores`` is more than there are, or comes too late.
@@ -597,6 +611,11 @@ def start(cores: int | None) -> None:
     except RuntimeError as error:
         if cores is not None:
             raise ValueError(str(error)) from None
+    if distributed is not None:
+        try:
+            fs.hosts.start(distributed)
+        except RuntimeError as error:
+            raise ValueError(f"--distributed {distributed}: {error}") from None
     _enable_compilation_cache()
 
 

@@ -2,6 +2,8 @@
 
 A checkpoint holds every system's ``RoundState`` and the history so far. It is written
 to a temporary folder and renamed, so a killed process leaves the one before it whole.
+Several processes that run one simulation write and read it together, all of them; what
+some wrote any other number may read.
 """
 
 from collections.abc import Callable
@@ -11,9 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import (
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 from orbax.checkpoint import v1 as ocp
 
-from fedjax_sim.sharding import is_key
+from fedjax_sim.sharding import device_mesh, is_key
 from fedjax_sim.types import AnyArray, Params, PyTree
 
 KEEP = 2
@@ -45,8 +53,10 @@ def save(directory: Path, round: int, tree: PyTree) -> None:
 
 
 def _on_device(x: AnyArray) -> jax.ShapeDtypeStruct:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+    where: Sharding = SingleDeviceSharding(jax.devices()[0])
+    if jax.process_count() > 1:  # which read it together
+        where = NamedSharding(device_mesh(jax.device_count()), PartitionSpec())
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def _uncommitted(x: jax.Array) -> jax.Array:

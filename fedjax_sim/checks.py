@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_sim.hosts import HostClients
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count, check_type
 from fedjax_sim.sharding import is_key
@@ -48,7 +49,7 @@ def check_types(sim: "Simulation") -> None:
     """
     expected = {
         "model": Model,
-        "clients": Clients,
+        "clients": HostClients if jax.process_count() > 1 else Clients | HostClients,
         "client_update": ClientUpdate,
         "aggregator": Aggregator,
         "test": Examples,
@@ -69,6 +70,8 @@ def check_types(sim: "Simulation") -> None:
         if isinstance(value, DataAttack | UpdateAttack):
             right = "data_attack" if isinstance(value, DataAttack) else "attack"
             hint = f"Pass it as {right}=."
+        if kind is HostClients:
+            hint = "Several processes join their own clients by fs.hosts.share."
         check_type(field, value, kind, hint)
     check_count("num_byzantine", sim.num_byzantine, 0)
     for field in ("cohort_size", "root_steps", "client_chunk", "num_devices"):
@@ -185,7 +188,7 @@ def check_local_test(sim: "Simulation") -> None:
         return
     pool = len(ours.targets)
 
-    def owned(clients: Clients) -> np.ndarray:
+    def owned(clients: Clients | HostClients) -> np.ndarray:
         client = np.arange(clients.num_clients)[:, None]
         return (client * pool + np.asarray(clients.indices))[np.asarray(clients.mask)]
 
@@ -510,6 +513,14 @@ def check_passes(sim: "Simulation", cohort: int) -> None:
     Raises:
         ValueError: rule or attack has no such form, or one update is too much.
     """
+    if sim.hosted:
+        for field in ("client_defense", "local_test"):
+            if getattr(sim, field) is not None:
+                raise ValueError(
+                    f"{field} looks at the samples of clients of every process, and "
+                    "clients joined by fs.hosts.share stay where they are. Leave it "
+                    "out, or run in one process."
+                )
     if sim.update_memory is None:
         return
     check_count("update_memory (bytes)", sim.update_memory, 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim.hosts import Spread
 from fedjax_sim.sharding import on_every_device, over_devices
 from fedjax_sim.state import (
     COHORT,
@@ -35,14 +36,16 @@ if TYPE_CHECKING:
 class Row(NamedTuple):
     """One client of a round: everything but the shared data and the parameters.
 
-    ``system`` picks its starting point from the stacked parameters; ``poison`` is the
-    position of its data attack, -1 for an honest client, and ``rank`` its number among
-    the attackers. ``keep``, ``bool [m]``, is what its defense leaves it, None where no
-    system has a defense. ``state`` is what it remembers.
+    ``system`` picks its starting point from the stacked parameters; ``place`` is where
+    its data are in the ``Clients`` at hand, its id where these are all; ``poison`` is
+    the position of its data attack, -1 for an honest client, and ``rank`` its number
+    among the attackers. ``keep``, ``bool [m]``, is what its defense leaves it, None
+    where no system has a defense. ``state`` is what it remembers.
     """
 
     system: Array
     client_id: Array
+    place: Array
     key: Array
     poison_key: Array
     poison: Array
@@ -66,6 +69,7 @@ def make_row(state: RoundState, client: Array, system: Array, attack: Array) -> 
     return Row(
         system=system,
         client_id=client,
+        place=client,
         key=fold(stream(state, TRAIN), client),
         # Not folded by round: an attacker poisons its data once and for all.
         poison_key=fold(fold(state.key, POISON), client),
@@ -126,7 +130,7 @@ def own_data(
     make_samples: MakeSamples | None,
 ) -> tuple[ClientData, ClientData]:
     """The samples of one client as it has them, and as they were before any attack."""
-    clean = clients.gather(row.client_id)
+    clean = clients.gather(row.place)
     if not padded:
         clean = clean._replace(mask=None)
     context = RoundContext(round=row.round, client_ids=row.client_id, rank=row.rank)
@@ -160,7 +164,7 @@ class Defended(NamedTuple):
 def defend_cohorts(
     sims: Mapping[str, "Simulation"],
     states: Mapping[str, RoundState],
-    clients: Clients,
+    clients: Clients | Spread,
     round: Array,
 ) -> dict[str, Defended]:
     """What the defenses decide, of every system that has one.

@@ -30,7 +30,8 @@ _HELD_CHUNK = 2**22
 class Rows:
     """The updates ``[k, d]`` of a cohort, as rows that pass by.
 
-    Each of the P devices takes ``k / P`` rows one after the other. They are kept, if
+    Of P devices, device p takes ``share = ceil(k / P)`` rows from ``p share`` on, one
+    after the other. They are kept, if
     they fit ``memory``, or made again in every pass. A pass ends with one all-reduce,
     of its sums and of what it found of each row; devices exchange nothing else but the
     blocks of ``columns``.
@@ -50,6 +51,7 @@ class Rows:
         num_devices: P. Above 1, all of this happens inside a ``shard_map``.
 
     Attributes:
+        share: rows of a device.
         present: ``bool [k]``, who takes part; after the first pass.
         finite: ``bool [k]``, whose row is finite; after the first pass.
         extras: of every row ``[k, ...]``; after the first pass.
@@ -77,10 +79,10 @@ class Rows:
     ) -> None:
         self.count, self.size, self.memory = count, size, memory
         self.num_devices = num_devices
-        here = -(-count // num_devices)
-        chunk = min(chunk, here, max(memory // (4 * size), 1))
-        self._num_chunks = -(-here // chunk)
-        self._chunk = -(-here // self._num_chunks)
+        self.share = -(-count // num_devices)
+        chunk = min(chunk, self.share, max(memory // (4 * size), 1))
+        self._num_chunks = -(-self.share // chunk)
+        self._chunk = -(-self.share // self._num_chunks)
         self._here = self._num_chunks * self._chunk
         self._mask = mask
         self._make = make
@@ -135,6 +137,23 @@ class Rows:
             changed = jax.lax.map(part, jnp.arange(self._here // chunk))
             derived._held = changed.reshape(held.shape)
         return derived
+
+    def whole(self) -> tuple[Array, PyTree]:
+        """All rows ``[k, d]`` as they are, and extras, on every device.
+
+        Of rows that are held.
+        """
+        assert self._held is not None, "memory must hold the rows of a device"
+        found = (self._held, self._trained["here"])
+        if self.num_devices > 1:
+            found = jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS), found)
+            found = jax.tree.map(self._joined, found)
+        return jax.tree.map(lambda x: x[: self.count], found)
+
+    def _joined(self, of_devices: Array) -> Array:
+        """From ``[P, rows made, ...]`` to ``[k, ...]``, without padding."""
+        rows = of_devices[:, : self.share]
+        return rows.reshape(-1, *rows.shape[2:])[: self.count]
 
     def scan(
         self, f: Callable[..., tuple[PyTree, PyTree]], *own: Array
@@ -240,7 +259,8 @@ class Rows:
     def _unbounded(self, i: Array, chunk: int) -> Array:
         """The same, from ``count`` on where a row is padding."""
         me = jax.lax.axis_index(AXIS) if self.num_devices > 1 else 0
-        return me * self._here + i * chunk + jnp.arange(chunk)
+        own = i * chunk + jnp.arange(chunk)
+        return jnp.where(own < self.share, me * self.share + own, self.count)
 
     def _pass(
         self,
@@ -307,7 +327,7 @@ class Rows:
         also = jnp.broadcast_to(seen[:, None], (self._here, P, seen.shape[1]))
         parts = jnp.concatenate([also, parts], axis=2).swapaxes(0, 1)
         rows = jax.lax.all_to_all(parts, AXIS, split_axis=0, concat_axis=0)
-        rows = rows.reshape(P * self._here, -1)[: self.count]
+        rows = self._joined(rows.reshape(P, self._here, -1))
         return rows[:, seen.shape[1] :], rows[:, : seen.shape[1]]
 
     def _together(self, sums: PyTree, of_rows: PyTree) -> tuple[PyTree, PyTree]:
@@ -322,9 +342,7 @@ class Rows:
 
         totals = all_reduce((sums, jax.tree.map(place, of_rows)))
         sums, of_rows = totals
-        return sums, jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:])[: self.count], of_rows
-        )
+        return sums, jax.tree.map(self._joined, of_rows)
 
     def _learn(self, others: dict[str, Any]) -> None:
         self._known.setdefault("finite", others["finite"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjax_sim.registry import check_count
@@ -66,8 +67,12 @@ def usable_cores() -> int:
 
 
 def device_mesh(num_devices: int) -> Mesh:
-    """The first ``num_devices`` local devices along the axis ``clients``."""
-    devices = jax.local_devices()[:num_devices]
+    """The first ``num_devices`` devices along the axis ``clients``.
+
+    Those of this process; or of all, where several processes run one simulation.
+    """
+    several = jax.process_count() > 1
+    devices = (jax.devices() if several else jax.local_devices())[:num_devices]
     return jax.make_mesh((num_devices,), (AXIS,), (AxisType.Auto,), devices=devices)
 
 
@@ -76,7 +81,22 @@ def replicate(tree: PyTree, num_devices: int) -> PyTree:
     if num_devices == 1:
         return tree
     everywhere = NamedSharding(device_mesh(num_devices), PartitionSpec())
-    return jax.device_put(tree, everywhere)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def put(x: jax.Array) -> jax.Array:
+        """What every process has, as one array of all of them."""
+        if isinstance(x, jax.core.Tracer):
+            return x  # of its shape alone
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x
+        if is_key(x):
+            data, kind = put(jax.random.key_data(x)), jax.random.key_impl(x)
+            return jax.random.wrap_key_data(data, impl=kind)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
+
+    return jax.tree.map(put, tree)
 
 
 def over_devices(
@@ -116,21 +136,20 @@ def over_devices(
 
 
 def on_every_device(
-    f: Callable[..., PyTree], num_devices: int
+    f: Callable[..., PyTree], num_devices: int, layout: PyTree = None
 ) -> Callable[..., PyTree]:
     """``f`` run by all devices at once, which agree on its results.
 
-    Each gets all arguments; what a device does of its own it tells by
-    ``jax.lax.axis_index(AXIS)``.
+    Each gets all arguments, or of some its own part, where ``layout`` says so; what a
+    device does of its own it tells by ``jax.lax.axis_index(AXIS)``.
     """
     if num_devices == 1:
         return f
-    everywhere = PartitionSpec()
     return jax.shard_map(
         f,
         mesh=device_mesh(num_devices),
-        in_specs=everywhere,
-        out_specs=everywhere,
+        in_specs=PartitionSpec() if layout is None else layout,
+        out_specs=PartitionSpec(),
         check_vma=False,
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from fedjax_sim import checks, memory, rounds
+from fedjax_sim.hosts import HostClients, spread
 from fedjax_sim.memory import Memory
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
@@ -59,7 +60,8 @@ class Simulation:
 
     Args:
         model: the network; only its three functions are used.
-        clients: the clients' data, from ``fs.data.federate``.
+        clients: the clients' data, from ``fs.data.federate``; of several processes,
+            from ``fs.hosts.share``.
         client_update: local training, such as ``fs.local_sgd``.
         aggregator: the server's rule.
         test: held-out samples for evaluation; None to never evaluate.
@@ -117,7 +119,7 @@ class Simulation:
     """
 
     model: Model
-    clients: Clients = dataclasses.field(repr=False)
+    clients: Clients | HostClients = dataclasses.field(repr=False)
     client_update: ClientUpdate
     aggregator: Aggregator
     test: Examples | None = dataclasses.field(default=None, repr=False)
@@ -165,8 +167,8 @@ class Simulation:
             steps = self.client_update.num_steps(sizes)
             chunk = default_client_chunk(self.model, steps)
             object.__setattr__(self, "client_chunk", chunk)
-        there = jax.local_device_count()
-        if self.num_devices is None:
+        there = jax.device_count() if self.hosted else jax.local_device_count()
+        if self.num_devices is None or self.hosted:
             object.__setattr__(self, "num_devices", there)
         elif self.num_devices > there:
             raise ValueError(
@@ -213,10 +215,15 @@ class Simulation:
         whole = 4 * self.cohort_size * self.num_params
         return self.num_devices > 1 or whole > self.update_memory
 
+    @property
+    def hosted(self) -> bool:
+        """Whether each process holds its own clients only: see ``fedjax_sim.hosts``."""
+        return isinstance(self.clients, HostClients)
+
     @functools.cached_property
     def padded(self) -> bool:
         """Whether clients differ in size, so that some rows are padding."""
-        return not np.asarray(self.clients.mask).all()
+        return self.clients.padded
 
     @functools.cached_property
     def alone(self) -> "Comparison":
@@ -364,6 +371,9 @@ class Comparison:
             test = Examples(
                 jnp.asarray(test.inputs), jnp.asarray(test.targets, jnp.int32)
             )
+        if isinstance(first.clients, HostClients):
+            root, test = replicate((root, test), first.num_devices)
+            return Arrays(spread(first.clients), root, test, None)
         return replicate(
             Arrays(first.clients, root, test, first.local_test), first.num_devices
         )
@@ -445,6 +455,8 @@ class Comparison:
 
     def _fresh_states(self, key: Array) -> dict[str, RoundState]:
         first = next(iter(self.systems.values()))
+        if first.hosted:
+            key = replicate(key, first.num_devices)
         # By itself, so that comparisons of one model compile it once: drawing weights
         # takes a second or two to compile.
         draw = jax.jit(first.model.init)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim.hosts import Spread
 from fedjax_sim.pytrees import along
 from fedjax_sim.types import (
     AnyArray,
@@ -126,7 +127,7 @@ class History(NamedTuple):
 class Arrays(NamedTuple):
     """The data of a run, handed to the compiled program as arguments."""
 
-    clients: Clients
+    clients: Clients | Spread
     root: Clients | None
     test: Any
     local_test: Clients | None

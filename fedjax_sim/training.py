@@ -83,14 +83,22 @@ def over_rows(
         seeds: int, batched: Any, clients: Clients, params: Params, rows: Row
     ) -> Any:
         clients_batched, params_batched, rows_batched = batched
-        if any(jax.tree.leaves(clients_batched)):
-            raise NotImplementedError("the clients' data cannot differ between seeds")
 
         def each(x: Array, is_batched: bool) -> Array:
             return x if is_batched else jnp.broadcast_to(x, (seeds, *x.shape))
 
         params = jax.tree.map(each, params, params_batched)
         rows = jax.tree.map(each, rows, rows_batched)
+        if any(jax.tree.leaves(clients_batched)):
+            # Cohorts that were sent to those that train them: one pool of all seeds'.
+            clients = jax.tree.map(each, clients, clients_batched)
+            pool, number = clients.inputs.shape[1], clients.indices.shape[1]
+            seed = jnp.arange(seeds, dtype=clients.indices.dtype)
+            clients = clients._replace(
+                indices=clients.indices + pool * seed[:, None, None]
+            )
+            clients = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), clients)
+            rows = rows._replace(place=rows.place + number * seed[:, None])
         systems = jax.tree.leaves(params)[0].shape[1]
         offset = systems * jnp.arange(seeds, dtype=rows.system.dtype)
         rows = rows._replace(system=rows.system + offset[:, None])
@@ -291,6 +299,7 @@ def train_roots(
     rows = Row(
         system=count,
         client_id=jnp.zeros_like(count),
+        place=jnp.zeros_like(count),
         key=keys,
         poison_key=keys,
         poison=jnp.full_like(count, -1),

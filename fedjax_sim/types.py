@@ -113,6 +113,15 @@ class Clients(NamedTuple):
         """Number of samples of every client, ``int32 [N]``."""
         return self.mask.sum(axis=1, dtype=jnp.int32)
 
+    def samples_of(self, ids: Array) -> Array:
+        """Number of samples of the clients ``ids``, without counting those of all."""
+        return self.mask[ids].sum(axis=-1, dtype=jnp.int32)
+
+    @property
+    def padded(self) -> bool:
+        """Whether clients differ in size, so that some rows are padding."""
+        return not np.asarray(self.mask).all()
+
     def gather(self, ids: Array) -> ClientData:
         """The data of the clients ``ids``: a scalar id, or ``[k]`` for a cohort."""
         rows = self.indices[ids]

@@ -1,0 +1,165 @@
+"""Merges the finished runs of a sweep into one table, by the hash of their options.
+
+Each folder is the --out of one run of fltrust_mnist, mad_pneumonia, pdrr, sanitization
+or fedsecure_vitals. Two folders with the same hash hold the same run: the longer one
+counts. Folders without results, such as of a task that was stopped, are named; running
+their command again with --resume finishes them.
+
+Example, after the tasks of an array job have each made a folder in runs/sweep:
+  python -m experiments.merge runs/sweep/* --out runs/sweep.csv
+"""
+
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from rich.console import Console
+
+import fedjax_sim as fs
+from experiments.results import METRICS, TAIL, WHERE
+
+VALUES = ("final", f"mean_of_last_{TAIL}", "spread_over_seeds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Merges the finished runs of a sweep into one table."""
+
+    #: The --out folders of the runs.
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    #: The table: a row for every run, system and metric.
+    out: Path = Path("sweep.csv")
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        folder: where it is.
+        key: hash of its options, without how long and where it ran.
+        options: all of them.
+        systems: name to the summary of its history.
+    """
+
+    folder: Path
+    key: str
+    options: dict[str, Any]
+    systems: dict[str, dict[str, Any]]
+
+    @property
+    def rounds(self) -> int:
+        return max(int(system["rounds"]) for system in self.systems.values())
+
+
+def read(folder: Path) -> Run | None:
+    """The run of a folder; None where it is not finished.
+
+    Raises:
+        ValueError: the folder holds no run, or a damaged one.
+    """
+    config, summary = folder / "config.json", folder / "summary.json"
+    if not config.exists():
+        raise ValueError(
+            f"{folder} holds no run of a study ({config.name} is missing). Name the "
+            "--out folders of runs."
+        )
+    if not summary.exists():
+        return None
+    try:
+        found, results = (json.loads(p.read_text()) for p in (config, summary))
+        run = Run(folder, found["key"], dict(found["config"]), results["systems"])
+        if results["key"] != run.key:
+            raise ValueError("summary.json is of another run")
+        _ = run.rounds
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"the run in {folder} is damaged ({error!r}). Leave it out, or run it "
+            "again."
+        ) from None
+    return run
+
+
+def merge(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run once, by its hash; of two the longer."""
+    merged: dict[str, Run] = {}
+    for run in runs:
+        if run.key not in merged or run.rounds > merged[run.key].rounds:
+            merged[run.key] = run
+    return merged
+
+
+def varied(runs: Sequence[Run]) -> list[str]:
+    """The options in which the runs differ."""
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    return [
+        name
+        for name in names
+        if name not in WHERE
+        and len({json.dumps(run.options.get(name)) for run in runs}) > 1
+    ]
+
+
+def write(path: Path, runs: Sequence[Run], options: Sequence[str]) -> None:
+    """``key,folder,(options),system,metric,final,...``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["key", "folder", *options, "system", "metric", *VALUES])
+        for run in runs:
+            own = [run.options.get(name) for name in options]
+            for system, summary in run.systems.items():
+                for metric in METRICS:
+                    values = summary.get(metric)
+                    if values:
+                        row = [values.get(name) for name in VALUES]
+                        writer.writerow(
+                            [run.key, run.folder, *own, system, metric, *row]
+                        )
+    temporary.replace(path)
+
+
+def table(runs: Sequence[Run], options: Sequence[str]) -> fs.report.Table:
+    """The final accuracy of every system, a row for every run."""
+    systems = list(dict.fromkeys(name for run in runs for name in run.systems))
+    rows = []
+    for run in runs:
+        found = []
+        for name in systems:
+            accuracy = run.systems.get(name, {}).get("accuracy")
+            found.append(f"{accuracy['final']:.3f}" if accuracy else "")
+        own = [str(run.options.get(name)) for name in options]
+        rows.append((run.key, *own, str(run.rounds), *found))
+    return fs.report.Table(("key", *options, "round", *systems), rows)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, prog="python -m experiments.merge")
+    console = Console(highlight=False, markup=False)
+    try:
+        if not config.runs:
+            raise ValueError("name the --out folders of one or more runs")
+        read_runs = {folder: read(folder) for folder in config.runs}
+        merged = list(merge([run for run in read_runs.values() if run]).values())
+        if not merged:
+            raise ValueError("none of these runs is finished")
+        options = varied(merged)
+        write(config.out, merged, options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    console.print(fs.report.rich_table(*table(merged, options), title="Final accuracy"))
+    for folder, run in read_runs.items():
+        if run is None:
+            console.print(f"not finished: {folder}")
+        elif run not in merged:
+            console.print(f"the same run as another: {folder}")
+    console.print(f"{len(merged)} runs in {config.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Several processes, each with its own clients, that run one simulation together.
+
+Every process runs the same program: it calls ``start`` first, makes its own clients,
+joins them with ``share``, and goes on as a single process would. The devices of all
+processes are one row of devices; parameters, rules and results are everywhere, and the
+clients' data are where they were loaded.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fedjax_sim.registry import check_type
+from fedjax_sim.sharding import AXIS, device_mesh, replicate
+from fedjax_sim.types import Array, ClientData, Clients
+
+# Seconds after which a process that says nothing is taken for dead.
+HEARTBEAT = 20
+
+
+def start(how: str = "auto") -> None:
+    """Joins the processes of a job. To be called before anything else that uses JAX.
+
+    Args:
+        how: ``"auto"`` under SLURM, Open MPI or Kubernetes, which say who is who; else
+            ``"HOST:PORT,PROCESSES,ID"``: where process 0 listens, how many processes
+            there are, and the number of this one, from 0.
+
+    Raises:
+        ValueError: ``how`` is neither.
+        RuntimeError: nothing says who is who, JAX has started already, or the others
+            did not come.
+
+    Example:
+        >>> start("node1:9000,4")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected auto or HOST:PORT,PROCESSES,ID, as in node1:9000,4,0; got
+        'node1:9000,4'.
+    """
+    options: dict[str, Any] = {}
+    if how != "auto":
+        address, *numbers = how.split(",")
+        host, colon, port = address.rpartition(":")
+        whole = len(numbers) == 2 and all(x.strip().isdigit() for x in numbers)
+        if not (whole and host and colon and port.isdigit()):
+            raise ValueError(
+                "expected auto or HOST:PORT,PROCESSES,ID, as in node1:9000,4,0; got "
+                f"{how!r}."
+            )
+        count, own = map(int, numbers)
+        if not 0 <= own < count:
+            raise ValueError(
+                f"{how!r}: of {count} processes the numbers are 0 to {count - 1}; got "
+                f"{own}."
+            )
+        options = {
+            "coordinator_address": address,
+            "num_processes": count,
+            "process_id": own,
+        }
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        **options,
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=HEARTBEAT,
+    )
+
+
+def own_clients(num_clients: int) -> range:
+    """The clients of this process, of ``num_clients`` in all.
+
+    Every device takes equally many, in the order of devices and processes, and the last
+    ones may have fewer: ``ceil(N / P)`` each of P devices.
+
+    Raises:
+        ValueError: some process would have none.
+
+    Example:
+        >>> own_clients(10)
+        range(0, 10)
+    """
+    share = -(-num_clients // jax.device_count())
+    here = jax.local_device_count()
+    first = [min(p * here * share, num_clients) for p in range(jax.process_count() + 1)]
+    if any(a == b for a, b in itertools.pairwise(first)):
+        raise ValueError(
+            f"{num_clients} clients on {jax.device_count()} devices, {share} each, "
+            f"leave one of {jax.process_count()} processes without any. Use more "
+            "clients, or fewer processes."
+        )
+    return range(first[jax.process_index()], first[jax.process_index() + 1])
+
+
+def cut(clients: Clients, ids: range) -> Clients:
+    """Some clients of a federation, with a pool of their own samples only.
+
+    Example:
+        >>> from fedjax_sim.data import federate, iid, load
+        >>> clients, _ = federate(load("digits"), num_clients=10, partition=iid())
+        >>> part = cut(clients, range(2, 5))
+        >>> part.num_clients, len(part.inputs) == int(clients.sizes()[2:5].sum())
+        (3, True)
+    """
+    check_type("clients", clients, Clients, "See fs.data.federate.")
+    own = slice(ids.start, ids.stop)
+    indices = np.asarray(clients.indices[own])
+    mask = np.asarray(clients.mask[own])
+    rows, places = np.unique(indices, return_inverse=True)
+    return Clients(
+        clients.inputs[rows],
+        clients.targets[rows],
+        jnp.asarray(places.reshape(indices.shape), jnp.int32),
+        jnp.asarray(mask),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostClients:
+    """The clients of all processes, of which this one holds its own; see ``share``.
+
+    Attributes:
+        own: the clients of this process.
+        counts: number of samples of every client, ``int32 [N]``.
+        padded: whether rows of any of them are padding.
+        longest: pool rows of the device that has most.
+    """
+
+    own: Clients
+    counts: np.ndarray
+    padded: bool
+    longest: int
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.counts)
+
+    @property
+    def inputs(self) -> Array:
+        return self.own.inputs
+
+    @property
+    def targets(self) -> Array:
+        return self.own.targets
+
+    @property
+    def indices(self) -> Array:
+        return self.own.indices
+
+    @property
+    def mask(self) -> Array:
+        return self.own.mask
+
+    def sizes(self) -> np.ndarray:
+        """Number of samples of every client of all processes, ``int32 [N]``."""
+        return self.counts
+
+    def gather(self, ids: Array) -> ClientData:
+        """The data of clients of this process, counted from its first."""
+        return self.own.gather(ids)
+
+
+def share(own: Clients) -> HostClients:
+    """Joins the clients of all processes; every process calls it with its own.
+
+    Clients are numbered process after process, ``own_clients`` says which are whose.
+    Their samples stay where they are: of the others, a process learns how many samples
+    each has. In a round in which all take part every device trains its own; of a sample
+    of clients the data are sent to the devices that train them.
+
+    Raises:
+        ValueError: not as many clients as ``own_clients`` says, or inputs and targets
+            of another shape or type than those of another process.
+    """
+    check_type("own", own, Clients, "See fs.data.federate and fs.hosts.cut.")
+    everybody = multihost_utils.process_allgather
+    numbers = [own.num_clients, own.indices.shape[1]]
+    told = np.asarray(everybody(np.array(numbers))).reshape(-1, 2)
+    total, longest = int(told[:, 0].sum()), int(told[:, 1].max())
+    expected = len(own_clients(total))
+    if own.num_clients != expected:
+        raise ValueError(
+            f"process {jax.process_index()} of {jax.process_count()} must hold "
+            f"{expected} of {total} clients (see fs.hosts.own_clients); got "
+            f"{own.num_clients}."
+        )
+    like = f"{own.inputs.shape[1:]} {own.inputs.dtype} {own.targets.shape[1:]}"
+    theirs = np.frombuffer(like.encode()[:200].ljust(200), np.uint8).astype(np.int32)
+    if len(np.unique(np.asarray(everybody(theirs)).reshape(-1, 200), axis=0)) > 1:
+        raise ValueError(
+            f"process {jax.process_index()} has samples of shape and type {like}, and "
+            "another process others. Load the same data set everywhere."
+        )
+    wide = ((0, 0), (0, longest - own.indices.shape[1]))
+    own = own._replace(indices=jnp.pad(own.indices, wide), mask=jnp.pad(own.mask, wide))
+    counts = np.zeros(told[:, 0].max(), np.int32)
+    counts[: own.num_clients] = np.asarray(own.sizes())
+    gathered = np.asarray(everybody(counts)).reshape(len(told), -1)
+    padded = bool(np.asarray(everybody(np.array(not np.asarray(own.mask).all()))).any())
+    rows = max(len(part.targets) for part in _by_device(own, total))
+    of_process = [g[:n] for g, (n, _) in zip(gathered, told, strict=True)]
+    return HostClients(
+        own=own,
+        counts=np.concatenate(of_process),
+        padded=padded,
+        longest=int(np.asarray(everybody(np.array(rows))).max()),
+    )
+
+
+def _by_device(own: Clients, total: int) -> list[Clients]:
+    """The clients of each device of this process."""
+    share, count = -(-total // jax.device_count()), own.num_clients
+    starts = [min(i * share, count) for i in range(jax.local_device_count())]
+    return [cut(own, range(a, min(a + share, count))) for a in starts]
+
+
+class Spread(NamedTuple):
+    """``HostClients`` on the devices, with a leading axis of devices.
+
+    Attributes:
+        inputs, targets: the pools, ``[P, n, ...]``.
+        indices, mask: ``[P, b, m]``.
+        counts: number of samples of every client, ``int32 [N]``, on every device.
+    """
+
+    inputs: Array
+    targets: Array
+    indices: Array
+    mask: Array
+    counts: Array
+
+    def samples_of(self, ids: Array) -> Array:
+        """Number of samples of clients."""
+        return self.counts[ids]
+
+    def cohort(self, ids: Array) -> Clients:
+        """On this device, the clients that it trains of the cohort ``ids``, ``[k]``.
+
+        Inside ``shard_map``. Row i is the client at place ``p ceil(k / P) + i`` of the
+        cohort, on device p.
+        """
+        own = Clients(self.inputs[0], self.targets[0], self.indices[0], self.mask[0])
+        if len(ids) == len(self.counts):
+            return own  # everybody, and in this order
+        if own.num_clients >= len(self.counts):  # one device has them all
+            return own._replace(indices=own.indices[ids], mask=own.mask[ids])
+        devices = jax.lax.axis_size(AXIS)
+        first = jax.lax.axis_index(AXIS) * own.num_clients
+        here = ids - first
+        mine = (here >= 0) & (here < own.num_clients)
+        data = own.gather(jnp.clip(here, 0, own.num_clients - 1))
+        share = -(-len(ids) // devices)
+
+        def send(x: Array) -> Array:
+            """To each device its part: everybody but the owner has zeros."""
+            wanted = mine.reshape(-1, *[1] * (x.ndim - 1))
+            x = jnp.where(wanted, x, jnp.zeros_like(x))
+            x = jnp.pad(x, ((0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1)))
+            return jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
+
+        assert data.mask is not None
+        inputs, targets = send(data.inputs), send(data.targets)
+        mask = send(data.mask.astype(jnp.int32)) > 0
+        m = mask.shape[1]
+        return Clients(
+            inputs.reshape(share * m, *inputs.shape[2:]),
+            targets.reshape(share * m, *targets.shape[2:]),
+            jnp.arange(share * m, dtype=jnp.int32).reshape(share, m),
+            mask,
+        )
+
+
+# How ``Spread`` lies on the devices.
+_PARTS: Any = PartitionSpec(AXIS)
+_WHOLE: Any = PartitionSpec()
+LAYOUT = Spread(_PARTS, _PARTS, _PARTS, _PARTS, _WHOLE)
+
+
+def spread(clients: HostClients) -> Spread:
+    """Puts the clients of this process on its devices."""
+    parts = _by_device(clients.own, clients.num_clients)
+    share = -(-clients.num_clients // jax.device_count())
+
+    def stack(field: str, rows: int) -> Array:
+        own = []
+        for part in parts:
+            x = np.asarray(getattr(part, field))
+            own.append(np.pad(x, ((0, rows - len(x)), *[(0, 0)] * (x.ndim - 1))))
+        sharding = NamedSharding(device_mesh(jax.device_count()), PartitionSpec(AXIS))
+        return jax.make_array_from_process_local_data(sharding, np.stack(own))
+
+    return Spread(
+        stack("inputs", clients.longest),
+        stack("targets", clients.longest),
+        stack("indices", share),
+        stack("mask", share),
+        replicate(clients.counts, jax.device_count()),
+    )
+
+
+def agree(value: float) -> float:
+    """The value of process 0, for all: what processes measure differs."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
