@@ -25,7 +25,7 @@ import time
 
 import tyro
 
-GRACE = 5.0  # seconds from asking a process to end to ending it
+GRACE = 2.0  # seconds from asking a process to end to ending it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +96,19 @@ def end(children: list[subprocess.Popen]) -> None:
 
 def why(number: int, count: int, code: int) -> str:
     """What is to be said of a process that did not end well."""
-    what = f"ended with exit code {code}"
-    if code < 0:
-        what = f"was ended by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            what += ", as the system does where memory runs out"
-        if -code == signal.SIGABRT:
-            what += ", as JAX does where another process of the job is lost"
+    if code > 0:
+        return (
+            f"error: process {number} of {count} ended with exit code {code}, and with "
+            "it the job. What it said is above."
+        )
+    what = signal.Signals(-code).name
+    if -code == signal.SIGKILL:
+        what += ", as the system does where memory runs out"
+    if -code == signal.SIGABRT:
+        what += ", as JAX does where another process of the job is lost"
     return (
-        f"error: process {number} of {count} {what}; the others were ended too. What "
-        "it said is above. The same command with --resume goes on from the last "
-        "checkpoint."
+        f"error: process {number} of {count} was ended by {what}, and with it the job. "
+        "The same command with --resume goes on from the last checkpoint."
     )
 
 
@@ -130,7 +132,6 @@ def main() -> None:
     if failed is not None:
         code = children[failed].returncode
         end(children)
-        # An error of the user's has been told by the study itself.
         sys.exit(why(failed, len(children), code))
 
 

@@ -155,9 +155,9 @@ def main() -> None:
     console.print(fs.report.rich_table(*table(merged, options), title="Final accuracy"))
     for folder, run in read_runs.items():
         if run is None:
-            console.print(f"not finished: {folder}")
+            console.print(f"not finished: {folder}", soft_wrap=True)
         elif run not in merged:
-            console.print(f"the same run as another: {folder}")
+            console.print(f"the same run as another: {folder}", soft_wrap=True)
     console.print(f"{len(merged)} runs in {config.out}")
 
 

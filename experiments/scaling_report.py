@@ -238,8 +238,15 @@ def _decades(axes: Axes, which: str) -> None:
         10.0 ** round_(np.log10(x)) for round_, x in ((np.floor, low), (np.ceil, high))
     )
     getattr(axes, f"set_{which}lim")(low / 1.1, high * 1.1)
-    axis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:,.10g}"))
+    axis.set_major_formatter(FuncFormatter(lambda x, place: _short(x)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _short(x: float) -> str:
+    for size, unit in ((1e6, "M"), (1e4, "k")):
+        if x >= size:
+            return f"{x * (1e-6 if unit == 'M' else 1e-3):g}{unit}"
+    return f"{x:,.10g}"
 
 
 FAINT: dict[str, Any] = {"linewidth": 0.8, "linestyle": ":"}

@@ -46,10 +46,12 @@ def check_types(sim: "Simulation") -> None:
 
     Raises:
         TypeError: with the argument, the type expected and the type that came.
+        ValueError: what several processes cannot have.
     """
+    several = isinstance(sim.clients, HostClients) or jax.process_count() > 1
     expected = {
         "model": Model,
-        "clients": HostClients if jax.process_count() > 1 else Clients | HostClients,
+        "clients": HostClients if several else Clients,
         "client_update": ClientUpdate,
         "aggregator": Aggregator,
         "test": Examples,
@@ -73,6 +75,13 @@ def check_types(sim: "Simulation") -> None:
         if kind is HostClients:
             hint = "Several processes join their own clients by fs.hosts.share."
         check_type(field, value, kind, hint)
+    for field in ("client_defense", "local_test"):
+        if sim.hosted and getattr(sim, field) is not None:
+            raise ValueError(
+                f"{field} looks at the samples of clients of every process, and "
+                "clients joined by fs.hosts.share stay where they are. Leave it out, "
+                "or run in one process."
+            )
     check_count("num_byzantine", sim.num_byzantine, 0)
     for field in ("cohort_size", "root_steps", "client_chunk", "num_devices"):
         value = getattr(sim, field)
@@ -513,14 +522,6 @@ def check_passes(sim: "Simulation", cohort: int) -> None:
     Raises:
         ValueError: rule or attack has no such form, or one update is too much.
     """
-    if sim.hosted:
-        for field in ("client_defense", "local_test"):
-            if getattr(sim, field) is not None:
-                raise ValueError(
-                    f"{field} looks at the samples of clients of every process, and "
-                    "clients joined by fs.hosts.share stay where they are. Leave it "
-                    "out, or run in one process."
-                )
     if sim.update_memory is None:
         return
     check_count("update_memory (bytes)", sim.update_memory, 1)

@@ -8,6 +8,7 @@ clients' data are where they were loaded.
 
 import dataclasses
 import itertools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +88,11 @@ def own_clients(num_clients: int) -> range:
         >>> own_clients(10)
         range(0, 10)
     """
+    return _ranges(num_clients)[jax.process_index()]
+
+
+def _ranges(num_clients: int) -> list[range]:
+    """The clients of every process."""
     share = -(-num_clients // jax.device_count())
     here = jax.local_device_count()
     first = [min(p * here * share, num_clients) for p in range(jax.process_count() + 1)]
@@ -96,18 +102,20 @@ def own_clients(num_clients: int) -> range:
             f"leave one of {jax.process_count()} processes without any. Use more "
             "clients, or fewer processes."
         )
-    return range(first[jax.process_index()], first[jax.process_index() + 1])
+    return [range(a, b) for a, b in itertools.pairwise(first)]
 
 
 def cut(clients: Clients, ids: range) -> Clients:
     """Some clients of a federation, with a pool of their own samples only.
 
+    And of the first sample of all, which the padding of clients refers to.
+
     Example:
         >>> from fedjax_sim.data import federate, iid, load
         >>> clients, _ = federate(load("digits"), num_clients=10, partition=iid())
         >>> part = cut(clients, range(2, 5))
-        >>> part.num_clients, len(part.inputs) == int(clients.sizes()[2:5].sum())
-        (3, True)
+        >>> clients.inputs.shape, part.num_clients, part.inputs.shape
+        ((1442, 8, 8, 1), 3, (403, 8, 8, 1))
     """
     check_type("clients", clients, Clients, "See fs.data.federate.")
     own = slice(ids.start, ids.stop)
@@ -176,41 +184,51 @@ def share(own: Clients) -> HostClients:
     of clients the data are sent to the devices that train them.
 
     Raises:
-        ValueError: not as many clients as ``own_clients`` says, or inputs and targets
-            of another shape or type than those of another process.
+        ValueError: in every process: one has not as many clients as ``own_clients``
+            says, another number of devices, or samples of another shape or type.
     """
     check_type("own", own, Clients, "See fs.data.federate and fs.hosts.cut.")
-    everybody = multihost_utils.process_allgather
-    numbers = [own.num_clients, own.indices.shape[1]]
-    told = np.asarray(everybody(np.array(numbers))).reshape(-1, 2)
-    total, longest = int(told[:, 0].sum()), int(told[:, 1].max())
-    expected = len(own_clients(total))
-    if own.num_clients != expected:
-        raise ValueError(
-            f"process {jax.process_index()} of {jax.process_count()} must hold "
-            f"{expected} of {total} clients (see fs.hosts.own_clients); got "
-            f"{own.num_clients}."
-        )
+
+    def everybody(values: Any) -> np.ndarray:
+        """What every process has, ``[processes, ...]``."""
+        found = np.asarray(multihost_utils.process_allgather(np.asarray(values)))
+        return found.reshape(jax.process_count(), *np.shape(values))
+
     like = f"{own.inputs.shape[1:]} {own.inputs.dtype} {own.targets.shape[1:]}"
-    theirs = np.frombuffer(like.encode()[:200].ljust(200), np.uint8).astype(np.int32)
-    if len(np.unique(np.asarray(everybody(theirs)).reshape(-1, 200), axis=0)) > 1:
+    number, longest, devices, kind = everybody(
+        [
+            own.num_clients,
+            own.indices.shape[1],
+            jax.local_device_count(),
+            zlib.crc32(like.encode()) >> 1,  # a number that fits 32 bits
+        ]
+    ).T
+    for what, values in (("devices", devices), ("samples of shape and type", kind)):
+        if len(set(values)) > 1:
+            mine = jax.local_device_count() if what == "devices" else like
+            raise ValueError(
+                f"every process must have the same {what}; process "
+                f"{jax.process_index()} has {mine}, and others have others."
+            )
+    total = int(number.sum())
+    expected = [len(ids) for ids in _ranges(total)]
+    if number.tolist() != expected:
         raise ValueError(
-            f"process {jax.process_index()} has samples of shape and type {like}, and "
-            "another process others. Load the same data set everywhere."
+            f"of {total} clients the processes must hold {expected} (see "
+            f"fs.hosts.own_clients); they hold {number.tolist()}."
         )
-    wide = ((0, 0), (0, longest - own.indices.shape[1]))
+    wide = ((0, 0), (0, longest.max() - own.indices.shape[1]))
     own = own._replace(indices=jnp.pad(own.indices, wide), mask=jnp.pad(own.mask, wide))
-    counts = np.zeros(told[:, 0].max(), np.int32)
+    counts = np.zeros(number.max(), np.int32)
     counts[: own.num_clients] = np.asarray(own.sizes())
-    gathered = np.asarray(everybody(counts)).reshape(len(told), -1)
-    padded = bool(np.asarray(everybody(np.array(not np.asarray(own.mask).all()))).any())
-    rows = max(len(part.targets) for part in _by_device(own, total))
-    of_process = [g[:n] for g, (n, _) in zip(gathered, told, strict=True)]
+    pools = [len(part.targets) for part in _by_device(own, total)]
     return HostClients(
         own=own,
-        counts=np.concatenate(of_process),
-        padded=padded,
-        longest=int(np.asarray(everybody(np.array(rows))).max()),
+        counts=np.concatenate(
+            [of_one[:n] for of_one, n in zip(everybody(counts), number, strict=True)]
+        ),
+        padded=bool(everybody(own.padded).any()),
+        longest=int(everybody(max(pools)).max()),
     )
 
 

@@ -93,8 +93,10 @@ def replicate(tree: PyTree, num_devices: int) -> PyTree:
         if is_key(x):
             data, kind = put(jax.random.key_data(x)), jax.random.key_impl(x)
             return jax.random.wrap_key_data(data, impl=kind)
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
+        own = np.asarray(x)
+        return jax.make_array_from_callback(
+            own.shape, everywhere, lambda part: own[part]
+        )
 
     return jax.tree.map(put, tree)
 

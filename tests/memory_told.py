@@ -13,12 +13,7 @@ from fedjax_sim.types import RoundContext
 
 K, D = 300, 20_000
 a = fs.aggregators
-RULES = [
-    a.fedavg(),
-    a.krum(max_byzantine=60),
-    a.dual_system(max_byzantine=60),
-    a.mad(),
-]
+RULES = [a.dual_system(max_byzantine=60), a.mad()]
 SYSTEMS = [
     # clients, cohort, update_memory, rule: data, updates, memory of clients, distances.
     (2_000, 2_000, None, a.median()),

@@ -153,7 +153,7 @@ COMMAND = [
     *(sys.executable, "-m", "experiments.attack_matrix"),
     *("--model", "mlp", "--rounds", "6", "--eval-every", "2", "--num-seeds", "1"),
     *("--side-by-side", "1", "--segment", "2"),
-    *("--aggregators", "fedavg", "median", "--attacks", "none", "sign_flip"),
+    *("--aggregators", "fedavg", "median", "--attacks", "none"),
 ]
 
 
@@ -172,11 +172,11 @@ def test_killed_in_the_middle_it_resumes(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = {p: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
-    assert 1 <= len(kept) < 4
+    assert len(kept) == 1
     again = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert f"{len(kept)} of 4 cells done before" in again.stdout
+    assert "1 of 2 cells done before" in again.stdout
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
     assert not list(out.glob("checkpoints/*"))
     whole = tmp_path / "whole"

@@ -322,7 +322,8 @@ def test_a_comparison_gives_each_system_its_own_run_in_any_order():
         jax.random.key(0), num_rounds=4, eval_every=2
     )
     assert list(states) == list(histories) == names
-    for name, sim in systems.items():
+    for name in ("attacked", "dual_system"):
+        sim = systems[name]
         state, history = sim.run(jax.random.key(0), num_rounds=4, eval_every=2)
         assert_close(states[name].params, state.params)
         np.testing.assert_array_equal(histories[name].byzantine, history.byzantine)

@@ -46,13 +46,9 @@ def main():
         own = shared | {"num_devices": devices}
         a = fs.aggregators
         return {
-            "median": fs.Simulation(aggregator=a.median(), **own, **attacked),
             "fltrust": fs.Simulation(aggregator=a.fltrust(), **own, **attacked),
             # What it remembers of all clients stays on each device.
             "foolsgold": fs.Simulation(aggregator=a.foolsgold(), **own, **attacked),
-            "fldetector": fs.Simulation(
-                aggregator=a.fldetector(start=1, window=2), **own, **backdoor
-            ),
             # Clients that cluster their samples, and a test set of each.
             "sanitization": fs.Simulation(
                 aggregator=a.fedavg(),
@@ -68,21 +64,13 @@ def main():
     compared((states, history), one.run(states=start, num_rounds=2, eval_every=2))
 
     # Held by no one, and trained anew in every pass.
-    split = {
-        name: dataclasses.replace(sim, update_memory=2**14, local_test=None)
-        for name, sim in two.systems.items()
-        if name in ("median", "fltrust")
-    }
-    _, found = fs.compare(split).run(
+    split = dataclasses.replace(
+        two.systems["fltrust"], update_memory=2**14, local_test=None
+    )
+    _, found = split.run(
         jax.random.split(jax.random.key(0), 2), num_rounds=2, eval_every=2
     )
-    wanted = {n: history[n]._replace(local={}) for n in split}
-    # Who is the median where changes are as small as float32 can tell is chance.
-    by_chance = {"weights": (), "scores": ()}
-    assert_close(found["median"].weights, wanted["median"].weights, atol=0.03)
-    found["median"] = found["median"]._replace(**by_chance)
-    wanted["median"] = wanted["median"]._replace(**by_chance)
-    compared(found, wanted)
+    compared(found, history["fltrust"]._replace(local={}))
 
     # A checkpoint of two devices goes on where it was, on either number of them.
     with tempfile.TemporaryDirectory() as folder:

@@ -352,9 +352,10 @@ def test_what_was_learned_must_be_finite(make):
     sim = simulate(make(2), client_update=wild)
     with pytest.raises(ValueError, match=rf"^{make(2).name} .*learned nothing.* rate"):
         sim.init(KEY)
-    calm = simulate(rules.fedavg()).init(KEY)
-    with pytest.raises(ValueError, match="learned nothing before the first round"):
-        sim.fork(calm)
+    if make is pca:
+        calm = simulate(rules.fedavg()).init(KEY)
+        with pytest.raises(ValueError, match="learned nothing before the first round"):
+            sim.fork(calm)
 
 
 def test_a_learned_state_may_hold_a_key():
