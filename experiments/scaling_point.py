@@ -29,6 +29,7 @@ WORKING_SETS = tuple(2**power for power in range(18, 29, 2))
 PROBES = 5
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,18 +201,17 @@ def measure(point: Point, data_dir: Path | None) -> Found:
     copies = point.devices if jax.default_backend() == "cpu" else 1
     arrays = copies * size_in_bytes((states, comparison.arrays))
     seconds = []
-    for repeat in range(1 + point.repeats):
+    for repeat in range(point.repeats + 2):
+        if repeat == point.repeats + 1:  # the last run is for its memory
+            whole = _memory("VmHWM")
+            _forget_peak()
+            before = _memory("VmRSS") - arrays
         first = jnp.int32(repeat * point.rounds)
         start = time.perf_counter()
         states, history = run(states, comparison.arrays, first, first + point.rounds)
         jax.block_until_ready(states)
         seconds.append(time.perf_counter() - start)
-        if repeat == 0:
-            # The first run starts threads and the like.
-            whole = _memory("VmHWM")
-            _forget_peak()
-            before = _memory("VmRSS") - arrays
-    del seconds[0]
+    seconds = seconds[1:-1]  # the first one starts threads and the like
     return Found(
         params=sim.num_params,
         round_seconds=statistics.median(seconds) / point.rounds,
@@ -242,16 +242,16 @@ def _memory(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def _trim() -> None:
-    """Gives back to the system what was freed; the compiler leaves 100 MB and more."""
-    trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)
-    if trim is not None:  # glibc alone
-        trim(0)
-
-
 def _forget_peak() -> None:
-    """Starts the highest memory anew, where the system can."""
-    _trim()
+    """Starts the highest memory anew, where the system can.
+
+    glibc then keeps nothing of what is freed: neither what the compiler has left, 100
+    MB and more, nor large buffers from now on.
+    """
+    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    if hasattr(library, "malloc_trim"):
+        library.mallopt(_MMAP_THRESHOLD, 2**16)
+        library.malloc_trim(0)
     if _CLEAR.exists():
         _CLEAR.write_text("5")
 

@@ -242,6 +242,8 @@ def _inner(step: _Step, idle: bool, turn: bool) -> int:
         body = step.params["body_jaxpr"].jaxpr
         carried = range(step.params["body_nconsts"], len(body.invars))
         return _peak(body, set(range(len(body.outvars))), carried, idle)
+    if step.name == "all_to_all" and jax.default_backend() == "cpu":
+        return step.outputs[0].bytes  # cut into a part for every device
     if step.name == "cond":
         # Results are those of the branch: they are there already.
         branches = [_peak(b.jaxpr, set(), (), idle) for b in step.params["branches"]]

@@ -98,7 +98,7 @@ def test_a_point_is_measured(monkeypatch):
     # The accuracy is that of the simulation after the rounds of all runs.
     sim = scaling_point.simulate(point, fs.data.load("digits"))
     assert (sim.num_clients, sim.cohort_size, sim.num_byzantine) == (12, 4, 3)
-    _, history = sim.run(jax.random.key(0), num_rounds=6, eval_every=6)
+    _, history = sim.run(jax.random.key(0), num_rounds=8, eval_every=8)
     assert measured.accuracy == pytest.approx(float(history.accuracy[-1]))
 
 
