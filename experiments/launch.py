@@ -122,17 +122,19 @@ def main() -> None:
         all_commands = commands(config, study)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    # A batch system ends a job so; what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     children: list[subprocess.Popen] = []
     try:
-        children += [subprocess.Popen(command) for command in all_commands]
+        for command in all_commands:
+            children.append(subprocess.Popen(command))
         failed = wait(children)
+        if failed is not None:
+            sys.exit(why(failed, len(children), children[failed].returncode))
     except KeyboardInterrupt:
-        end(children)
         sys.exit(130)
-    if failed is not None:
-        code = children[failed].returncode
+    finally:
         end(children)
-        sys.exit(why(failed, len(children), code))
 
 
 if __name__ == "__main__":

@@ -301,6 +301,11 @@ def latest(
 ) -> Played | None:
     """What the last checkpoint of a comparison holds; None where there is none."""
     found = checkpoint.latest_round(directory)
+    if fs.hosts.agree(found or 0) != (found or 0):
+        raise ValueError(
+            f"process {jax.process_index()} finds other checkpoints in {directory} "
+            "than process 0. --out must be a folder that all processes see."
+        )
     if found is None:
         return None
 

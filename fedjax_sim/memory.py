@@ -9,6 +9,7 @@ import jax
 
 from fedjax_sim.buffers import peak_of
 from fedjax_sim.sharding import size_in_bytes
+from fedjax_sim.types import AnyArray
 
 if TYPE_CHECKING:
     from fedjax_sim.simulation import Comparison, Simulation
@@ -65,19 +66,28 @@ def predict(
     if first.in_passes:
         assert first.update_memory is not None
         updates = seeds * min(-(-held // first.num_devices), first.update_memory)
-    copies = first.num_devices if jax.default_backend() == "cpu" else 1
+    copies = 1
+    if jax.default_backend() == "cpu":  # whose devices share a memory
+        copies = jax.local_device_count() if first.hosted else first.num_devices
     # Systems take turns over the devices: the others wait for those that have one.
     busy = min(len(comparison.systems), copies)
     peak = busy * peak_of(traced.jaxpr)
     if busy < copies:
         peak += (copies - busy) * peak_of(traced.jaxpr, idle=True)
     return Memory(
-        data=copies * size_in_bytes(comparison.arrays),
+        data=sum(_held(x, copies) for x in jax.tree.leaves(comparison.arrays)),
         state=copies * state * (1 if donate else 2),
         history=copies * history,
         updates=copies * updates,
         work=max(peak - copies * (state + history + updates), 0),
     )
+
+
+def _held(x: AnyArray, copies: int) -> int:
+    """Bytes of an array, or of its parts on the devices of this process."""
+    if not isinstance(x, jax.Array):
+        return copies * x.nbytes
+    return sum(shard.data.nbytes for shard in x.addressable_shards[:copies])
 
 
 def check_fits(memory: Memory, sim: "Simulation") -> None:

@@ -168,8 +168,13 @@ class Simulation:
             chunk = default_client_chunk(self.model, steps)
             object.__setattr__(self, "client_chunk", chunk)
         there = jax.device_count() if self.hosted else jax.local_device_count()
-        if self.num_devices is None or self.hosted:
+        if self.num_devices is None:
             object.__setattr__(self, "num_devices", there)
+        elif self.hosted and self.num_devices != there:
+            raise ValueError(
+                f"num_devices={self.num_devices}, but clients joined by fs.hosts.share "
+                f"lie on all {there} devices. Leave it out."
+            )
         elif self.num_devices > there:
             raise ValueError(
                 f"num_devices={self.num_devices}, but this process has {there} "

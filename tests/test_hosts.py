@@ -107,7 +107,6 @@ def test_one_process_may_share_too():
         "client_update": fs.local_sgd(optax.sgd(0.1), steps=1, batch_size=5),
         "aggregator": fs.aggregators.median(),
         "cohort_size": 4,
-        "num_devices": 1,
     }
     joined = fs.hosts.share(clients)
     assert joined.padded == clients.padded
@@ -116,6 +115,8 @@ def test_one_process_may_share_too():
         sim.run(jax.random.key(0), num_rounds=2, eval_every=2) for sim in sims
     )
     assert_close(other, one, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"num_devices=9, but .* Leave it out"):
+        fs.Simulation(clients=joined, num_devices=9, **shared)
 
 
 def test_what_processes_cannot_share_is_refused():

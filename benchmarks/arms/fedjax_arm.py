@@ -20,7 +20,7 @@ from benchmarks.workloads import (
     NOISE,
     TRAINING,
 )
-from fedjax_sim import outcome, rounds, training
+from fedjax_sim import aggregation, outcome, training
 from fedjax_sim.types import Aggregator, Clients, Examples, RoundContext
 
 # Systems whose time outside local training is measured.
@@ -171,7 +171,7 @@ def parts(cores: int, steps: int = 60) -> dict[str, Any]:
             key: str = key,
         ) -> Any:
             state = states[key]
-            found = rounds.aggregate_round(
+            found = aggregation.aggregate_round(
                 sim, state, arrays.clients, trained[key], None, roots.get(key), None
             )
             return outcome.close_round(sim, state, None, found)
