@@ -100,7 +100,8 @@ bench-peers: .venv-byzfl/stamp .venv-flower/stamp
 # The suite spends its time in the compiler; this way it generates plain code, faster
 # (docs/decisions.md, 49). CODE= tests what users run.
 CODE = JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false"
+	XLA_FLAGS="$$XLA_FLAGS --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1"
 
 test: install
 	$(CODE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
