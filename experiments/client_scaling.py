@@ -46,7 +46,7 @@ from experiments import (
     scaling_report,
     specs,
 )
-from experiments.scaling_point import Found, Point
+from experiments.scaling_point import Found, Point, make_rule
 from fedjax_sim.memory import gigabytes
 from fedjax_sim.sharding import usable_cores
 
@@ -189,13 +189,7 @@ def check(config: Config) -> None:
         )
     specs.make_attack(config.attack, specs.ANY_CLASSES)
     for point in all_points(config):
-        rule(point).validate(point.cohort)
-
-
-def rule(point: Point) -> fs.types.Aggregator:
-    """The aggregator of a point."""
-    assumed = round(point.attackers * point.cohort)
-    return specs.make_aggregator(point.aggregator, assumed)
+        make_rule(point).validate(point.cohort)
 
 
 def points(config: Config, series: str) -> list[Point]:
@@ -234,21 +228,14 @@ def points(config: Config, series: str) -> list[Point]:
         cohort=config.everyone,
         rounds=config.rule_rounds,
     )
-    return [
-        point
-        for aggregator in config.rules
-        for memory in dict.fromkeys((None, config.update_memory))
-        for devices in config.devices
-        if (
-            point := change(
-                everyone,
-                aggregator=aggregator,
-                update_memory=memory,
-                devices=devices,
-            )
-        )
-        and (memory is None or rule(point).in_passes is not None)
-    ]
+    found = []
+    for aggregator in config.rules:
+        held = change(everyone, aggregator=aggregator)
+        ways = [held]
+        if config.update_memory and make_rule(held).in_passes is not None:
+            ways.append(change(held, update_memory=config.update_memory))
+        found += [change(way, devices=n) for way in ways for n in config.devices]
+    return found
 
 
 def all_points(config: Config) -> list[Point]:

@@ -11,22 +11,16 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 import fedjax_sim as fs
 from fedjax_sim.client_defenses.reference_model import Training
-from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
+from fedjax_sim.report import COLOURS, LINES, MARKERS, STYLE
 
-WIDE = 2 * COLUMN  # both columns of a paper
 DASHED: Any = {"color": "0.2", "linewidth": 0.8, "linestyle": (0, (3, 2))}
 LEAST_SPAN = 0.1  # of an accuracy axis: one test window more or less is no event
-
-
-def _panels(rows: int, columns: int, height: float, width: float = WIDE) -> Any:
-    figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def training_plot(training: Training, channels: Sequence[str]) -> Any:
     """The paper's figure 8: errors, losses, "accuracy" and a window rebuilt."""
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(2, 2, 4.0)
+        figure, panels = fs.report.panels(2, 2, 4.0)
         (errors, losses), (same, example) = panels
         values = training.errors[training.errors > 0]
         bins = np.geomspace(values.min(), values.max() * 1.001, 50)
@@ -89,7 +83,7 @@ def classifier_plot(training: Training) -> Any:
     from sklearn.metrics import roc_curve  # slow to import
 
     with mpl.rc_context(STYLE):
-        figure, ((matrix, curve),) = _panels(1, 2, 2.6)
+        figure, ((matrix, curve),) = fs.report.panels(1, 2, 2.6)
         counts = confusion(training.scores, training.labels)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         matrix.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -126,7 +120,7 @@ def runs_plot(
         columns: one to a panel.
     """
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(2, len(columns), 3.9)
+        figure, panels = fs.report.panels(2, len(columns), 3.9)
         for axes, (row, column) in zip(
             panels.flat, [(r, c) for r in ("loss", "accuracy") for c in columns]
         ):
@@ -170,7 +164,7 @@ def distribution_plot(
     low, high = np.quantile(every[every > 0], [0.001, 0.999])
     high = max(high, 10 * low)  # so that there is a tick with a number
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(2, len(found), 3.0)
+        figure, panels = fs.report.panels(2, len(found), 3.0)
         for i, (name, (scores, errors)) in enumerate(found.items()):
             top, bottom = panels[:, i]
             top.hist(scores, bins=np.linspace(0, 1, 26), color=COLOURS[i > 0])
@@ -203,7 +197,7 @@ def strength_plot(
         limit: the share above which a device stays out.
     """
     with mpl.rc_context(STYLE):
-        figure, panels = _panels(1, len(found), 2.4)
+        figure, panels = fs.report.panels(1, len(found), 2.4)
         for axes, (name, (strengths, shares)) in zip(panels[0], found.items()):
             _strength_panel(axes, strengths, shares, limit)
             attack, _, option = name.rpartition(": ")

@@ -1,7 +1,5 @@
 """What a run of the FedSecure study says at its end: tables, figures, summary.md."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -241,19 +239,18 @@ def write_devices(path: Path, federations: Mapping[str, SeriesFederation]) -> No
     first = next(iter(federations.values()))
     each = [f"{name}_{c}" for name in names for c in first.channels]
     counts = ("steps", "windows", "test_windows")
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["part", "device", "name", "patient", *counts, *each, "left_out"])
+    rows: list[list[Any]] = []
     for part, devices in federations.items():
         for number, device in enumerate(devices.devices, start=1):
             own = [x for name in names for x in getattr(device, name)]
             sizes = [getattr(device, name) for name in counts]
-            row = [part, number, device.name, device.patient, *sizes, *own, ""]
-            writer.writerow(row)
+            who = [part, number, device.name, device.patient]
+            rows.append([*who, *sizes, *own, ""])
         blank = [""] * (1 + len(counts) + len(each))
         for name, why in devices.left_out.items():
-            writer.writerow([part, "", name, *blank, why])
-    results.write_atomically(path, file.getvalue())
+            rows.append([part, "", name, *blank, why])
+    header = ["part", "device", "name", "patient", *counts, *each, "left_out"]
+    results.write_csv(path, header, rows)
 
 
 def device_table(devices: SeriesFederation) -> fs.report.Table:

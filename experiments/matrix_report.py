@@ -1,8 +1,6 @@
 """What attack_matrix keeps of a cell and says of all: CSV, tables, heat maps."""
 
-import csv
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -125,20 +123,16 @@ def headline(
 
 def write_csv(path: Path, contents: Iterable[Mapping[str, Any] | None]) -> None:
     """A row for every cell, strength and seed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        setting = ("partition", "attackers", "attack", "aggregator")
-        writer.writerow(
-            [*setting, "max_byzantine", "rounds", "strength", "seed", *MEASURES]
-        )
-        for content in filter(None, contents):
-            for run in content["results"]:
-                cell, values = content["cell"], (run[name] for name in MEASURES)
-                head = [cell[name] for name in setting]
-                head += [content["max_byzantine"], content["rounds"]]
-                writer.writerow([*head, run["strength"], run["seed"], *values])
-    os.replace(temporary, path)
+    setting = ("partition", "attackers", "attack", "aggregator")
+    rows = []
+    for content in filter(None, contents):
+        for run in content["results"]:
+            cell, values = content["cell"], (run[name] for name in MEASURES)
+            head = [cell[name] for name in setting]
+            head += [content["max_byzantine"], content["rounds"]]
+            rows.append([*head, run["strength"], run["seed"], *values])
+    header = [*setting, "max_byzantine", "rounds", "strength", "seed", *MEASURES]
+    results.write_csv(path, header, rows)
 
 
 def labels(spec_list: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ Example, after the tasks of an array job have each made a folder in runs/sweep:
   python -m experiments.merge runs/sweep/* --out runs/sweep.csv
 """
 
-import csv
 import dataclasses
 import json
 import sys
@@ -21,7 +20,7 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments.results import METRICS, TAIL, WHERE
+from experiments.results import METRICS, TAIL, WHERE, write_csv
 
 VALUES = ("final", f"mean_of_last_{TAIL}", "spread_over_seeds")
 
@@ -107,21 +106,16 @@ def varied(runs: Sequence[Run]) -> list[str]:
 def write(path: Path, runs: Sequence[Run], options: Sequence[str]) -> None:
     """``key,folder,(options),system,metric,final,...``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["key", "folder", *options, "system", "metric", *VALUES])
-        for run in runs:
-            own = [run.options.get(name) for name in options]
-            for system, summary in run.systems.items():
-                for metric in METRICS:
-                    values = summary.get(metric)
-                    if values:
-                        row = [values.get(name) for name in VALUES]
-                        writer.writerow(
-                            [run.key, run.folder, *own, system, metric, *row]
-                        )
-    temporary.replace(path)
+    rows = []
+    for run in runs:
+        own = [run.options.get(name) for name in options]
+        for system, summary in run.systems.items():
+            for metric in METRICS:
+                values = summary.get(metric)
+                if values:
+                    found = [values.get(name) for name in VALUES]
+                    rows.append([run.key, run.folder, *own, system, metric, *found])
+    write_csv(path, ["key", "folder", *options, "system", "metric", *VALUES], rows)
 
 
 def table(runs: Sequence[Run], options: Sequence[str]) -> fs.report.Table:

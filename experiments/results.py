@@ -4,10 +4,11 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_csv(path: Path, header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    """A table for other programs, with ``\\n`` at the end of every line."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, file.getvalue())
+
+
 def percent(share: float) -> str:
     """A share as the reports name it.
 
@@ -110,26 +120,21 @@ def write_metrics(path: Path, histories: dict[str, fs.History], seed: int) -> No
     The metrics are ``METRICS`` and, at evaluations, for each class ``recall_0`` (its
     sensitivity), ``specificity_0`` and so on.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["system", "seed", "round", "metric", "value"])
-        for system, history in histories.items():
-            # [seeds, rounds], also of a run without a seed axis.
-            rounds = np.atleast_2d(history.round)
-            columns = {m: np.atleast_2d(getattr(history, m)) for m in METRICS}
-            for name in ("recall", "specificity"):
-                values = np.moveaxis(by_class(history, f"class_{name}"), -1, 0)
-                columns |= {f"{name}_{c}": x for c, x in enumerate(values)}
-            for s in range(len(rounds)):
-                for r, number in enumerate(rounds[s]):
-                    for metric, values in columns.items():
-                        value = float(values[s, r])
-                        if not np.isnan(value):
-                            writer.writerow(
-                                [system, seed + s, number, metric, f"{value:.9g}"]
-                            )
-    os.replace(temporary, path)
+    rows = []
+    for system, history in histories.items():
+        # [seeds, rounds], also of a run without a seed axis.
+        rounds = np.atleast_2d(history.round)
+        columns = {m: np.atleast_2d(getattr(history, m)) for m in METRICS}
+        for name in ("recall", "specificity"):
+            values = np.moveaxis(by_class(history, f"class_{name}"), -1, 0)
+            columns |= {f"{name}_{c}": x for c, x in enumerate(values)}
+        for s in range(len(rounds)):
+            for r, number in enumerate(rounds[s]):
+                for metric, values in columns.items():
+                    value = float(values[s, r])
+                    if not np.isnan(value):
+                        rows.append([system, seed + s, number, metric, f"{value:.9g}"])
+    write_csv(path, ["system", "seed", "round", "metric", "value"], rows)
 
 
 def write_clients(path: Path, histories: dict[str, fs.History]) -> None:

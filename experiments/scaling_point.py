@@ -95,7 +95,8 @@ class Found(NamedTuple):
         params: ``d``.
         round_seconds: median over the repeats, of one round.
         fastest, slowest: likewise, of the repeats.
-        compile_seconds: tracing and compiling, initial states included.
+        compile_seconds: compiling the initial states and the rounds, tracing apart:
+            that is done when the memory is told.
         peak_bytes: the most memory that the run's arrays took: those that were there
             when it started, and how much more the process then took.
         told_bytes: what ``Comparison.memory`` had said.
@@ -120,6 +121,16 @@ class Found(NamedTuple):
     versions: dict[str, str]
 
 
+def make_rule(point: Point) -> fs.types.Aggregator:
+    """The aggregator of a point.
+
+    Raises:
+        ValueError, TypeError: an unknown one, or an option out of range.
+    """
+    assumed = round(point.attackers * point.cohort)
+    return specs.make_aggregator(point.aggregator, assumed)
+
+
 def simulate(point: Point, data: fs.types.Dataset) -> fs.Simulation:
     """The simulation of a point.
 
@@ -134,7 +145,6 @@ def simulate(point: Point, data: fs.types.Dataset) -> fs.Simulation:
     attack = specs.make_attack(point.attack, data.num_classes)
     active = attack.on_updates is not None or attack.on_data is not None
     byzantine = round(point.attackers * point.clients) if active else 0
-    assumed = round(point.attackers * point.cohort)
     return fs.Simulation(
         model=fs.models.mlp(shape, data.num_classes, hidden=hidden),
         clients=clients,
@@ -143,7 +153,7 @@ def simulate(point: Point, data: fs.types.Dataset) -> fs.Simulation:
         client_update=fs.local_sgd(
             optax.sgd(point.lr), epochs=1, batch_size=point.batch_size
         ),
-        aggregator=specs.make_aggregator(point.aggregator, assumed),
+        aggregator=make_rule(point),
         attack=attack.on_updates,
         data_attack=attack.on_data,
         num_byzantine=byzantine,
@@ -164,10 +174,9 @@ def least_work(sim: fs.Simulation, batch_size: int) -> Work:
     """
     params = jax.eval_shape(sim.model.init, jax.random.key(0))
     kernels = [x.size for x in jax.tree.leaves(params) if x.ndim == 2]
-    first = next(x.size for x in jax.tree.leaves(params) if x.ndim == 2)
     steps = float(sim.client_update.num_steps(np.asarray(sim.clients.sizes()[:1]))[0])
     steps *= sim.cohort_size
-    flops = steps * batch_size * (6 * sum(kernels) - 2 * first)
+    flops = steps * batch_size * (6 * sum(kernels) - 2 * kernels[0])
     if sim.aggregator.name in ("krum", "multi_krum", "dual_system"):
         flops += 2 * sim.cohort_size**2 * sim.num_params
     at_a_time = min(sim.client_chunk, sim.cohort_size)

@@ -1,6 +1,5 @@
 """Tables, CSV and plots of the scaling study."""
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import fedjax_sim as fs
 from experiments import results
 from experiments.scaling_point import Found, Work
 from fedjax_sim.memory import gigabytes
-from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, NotebookFigure
+from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, panels
 
 Content = Mapping[str, Any]
 
@@ -90,7 +89,8 @@ def settings(config: Any) -> str:
         f"them attack ({config.attack}). Each point is a process of its own: the "
         f"program is compiled, run once, {config.repeats} times more for its time and "
         "once for its memory. The time is the median (bands, and points.csv: the "
-        "fastest and the slowest); compiling includes tracing and the initial states. "
+        "fastest and the slowest); compiling is that of the initial states and of the "
+        "rounds, tracing apart. "
         "The memory is the most that the arrays of that run took (points.csv: and the "
         "process, with Python and the compiler), and what had been told before "
         "compiling. The accuracy is "
@@ -113,9 +113,14 @@ def bound(work: Work, machine: Mapping[str, Any]) -> float:
 
 def bandwidth(working_set: float, machine: Mapping[str, Any]) -> float:
     """Bytes a second for a set of that size: of the next larger one that was probed."""
-    speeds = {int(size): speed for size, speed in machine["bytes"].items()}
+    speeds = by_set(machine)
     fitting = [size for size in sorted(speeds) if size >= working_set]
     return float(speeds[fitting[0] if fitting else max(speeds)])
+
+
+def by_set(machine: Mapping[str, Any]) -> dict[int, float]:
+    """Bytes a second, by the bytes of the set that was probed."""
+    return {int(size): speed for size, speed in machine["bytes"].items()}
 
 
 def share_of_bound(found: Found, machine: Mapping[str, Any]) -> float:
@@ -131,7 +136,7 @@ def write_csv(
         row = dict(content["point"])
         if "found" in content:
             found = Found(**content["found"])
-            row |= {k: v for k, v in found._asdict().items() if k not in ("versions",)}
+            row |= {k: v for k, v in found._asdict().items() if k != "versions"}
             row |= {f"told_{name}": size for name, size in row.pop("parts").items()}
             row |= row.pop("work")
             row["rounds_per_second"] = 1 / found.round_seconds
@@ -139,12 +144,7 @@ def write_csv(
         row["refused"] = content.get("refused", "")
         rows.append(row)
     fields = list(dict.fromkeys(field for row in rows for field in row))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    results.write_csv(path, fields, [[row.get(f, "") for f in fields] for row in rows])
 
 
 def table(
@@ -209,7 +209,7 @@ def memory_remark(contents: Sequence[Content]) -> str:
 
 
 def machine_remark(machine: Mapping[str, Any]) -> str:
-    speeds = {int(size): speed for size, speed in machine["bytes"].items()}
+    speeds = by_set(machine)
     return (
         f"This machine: {machine['flops'] / 1e9:.0f} GFLOP/s (float32 matrix product), "
         f"{speeds[max(speeds)] / 1e9:.0f} GB/s of memory, "
@@ -217,17 +217,12 @@ def machine_remark(machine: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> Any:
-    figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _style(i: int, marker: bool = True) -> dict[str, Any]:
-    style: dict[str, Any] = {
+def _style(i: int) -> dict[str, Any]:
+    return {
         "color": COLOURS[i % len(COLOURS)],
         "linestyle": LINES[i % len(LINES)],
+        "marker": MARKERS[i % len(MARKERS)],
     }
-    return style | ({"marker": MARKERS[i % len(MARKERS)]} if marker else {})
 
 
 def _decades(axes: Axes, which: str) -> None:
@@ -244,10 +239,9 @@ def _decades(axes: Axes, which: str) -> None:
 
 
 def _short(x: float) -> str:
-    for size, unit in ((1e6, "M"), (1e4, "k")):
-        if x >= size:
-            return f"{x * (1e-6 if unit == 'M' else 1e-3):g}{unit}"
-    return f"{x:,.10g}"
+    if x >= 1e6:
+        return f"{x / 1e6:g}M"
+    return f"{x / 1e3:g}k" if x >= 1e4 else f"{x:,.10g}"
 
 
 FAINT: dict[str, Any] = {"linewidth": 0.8, "linestyle": ":"}
@@ -269,8 +263,8 @@ def series_plot(
             x = found.params if name == "width" else content["point"][name]
             lines.setdefault(content["point"]["aggregator"], []).append((x, found))
     with mpl.rc_context(STYLE):
-        figure, panels = _figure(2, 2, 2 * COLUMN, 4.2)
-        (times, memory), (compiling, accuracy) = panels
+        figure, axes_of = panels(2, 2, 4.2)
+        (times, memory), (compiling, accuracy) = axes_of
         for i, (rule, own) in enumerate(lines.items()):
             x = [at for at, _ in own]
             style = _style(i)
@@ -328,7 +322,7 @@ def rule_plot(contents: Sequence[Content], machine: Mapping[str, Any]) -> Any:
             ways.setdefault(way, []).append((place, Found(**content["found"])))
     with mpl.rc_context(STYLE):
         height = 0.9 + 0.28 * len(rules)
-        figure, ((times, memory),) = _figure(1, 2, 2 * COLUMN, height)
+        figure, ((times, memory),) = panels(1, 2, height)
         for i, way in enumerate(sorted(ways)):
             own = ways[way]
             y = [place + 0.14 * (i - (len(ways) - 1) / 2) for place, _ in own]
@@ -351,7 +345,7 @@ def roofline_plot(
 ) -> Any:
     """Operations a second against operations a byte, under what the machine can do."""
     with mpl.rc_context(STYLE):
-        figure, ((axes,),) = _figure(1, 1, COLUMN, 2.8)
+        figure, ((axes,),) = panels(1, 1, 2.8, COLUMN)
         reached = []
         for i, (name, contents) in enumerate(series.items()):
             points = [Found(**c["found"]) for c in contents if "found" in c]
@@ -365,7 +359,7 @@ def roofline_plot(
             axes.plot(x, y, label=f"series {name}", **style)
             reached += x
         ends = np.array([min(reached) / 3, max(reached) * 10])
-        speeds = {int(size): speed for size, speed in machine["bytes"].items()}
+        speeds = by_set(machine)
         grid = np.geomspace(ends[0], ends[1], 200)
         for label, speed, line in (
             ("memory", speeds[max(speeds)], "-"),
@@ -384,7 +378,7 @@ def roofline_plot(
 def memory_plot(series: Mapping[str, Sequence[Content]]) -> Any:
     """Memory told before compiling against memory measured."""
     with mpl.rc_context(STYLE):
-        figure, ((axes,),) = _figure(1, 1, COLUMN, 2.8)
+        figure, ((axes,),) = panels(1, 1, 2.8, COLUMN)
         sizes: list[float] = []
         for i, (name, contents) in enumerate(series.items()):
             points = [Found(**c["found"]) for c in contents if "found" in c]

@@ -31,10 +31,9 @@ class Rows:
     """The updates ``[k, d]`` of a cohort, as rows that pass by.
 
     Of P devices, device p takes ``share = ceil(k / P)`` rows from ``p share`` on, one
-    after the other. They are kept, if
-    they fit ``memory``, or made again in every pass. A pass ends with one all-reduce,
-    of its sums and of what it found of each row; devices exchange nothing else but the
-    blocks of ``columns``.
+    after the other. They are kept, if they fit ``memory``, or made again in every pass.
+    A pass ends with one all-reduce, of its sums and of what it found of each row;
+    devices exchange nothing else but the blocks of ``columns``.
 
     The first pass over rows must not stand inside a loop (``jax.lax.fori_loop``): what
     it learns besides, such as who is finite, is kept.

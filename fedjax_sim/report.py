@@ -81,6 +81,21 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
+def panels(rows: int, columns: int, height: float, width: float = 2 * COLUMN) -> Any:
+    """A figure of several axes, of ``width`` x ``height`` inches and 200 dpi.
+
+    Returns:
+        The figure and its axes ``[rows, columns]``.
+
+    Example:
+        >>> figure, axes = panels(2, 3, height=4.0)
+        >>> axes.shape, float(figure.get_figwidth())
+        ((2, 3), 7.0)
+    """
+    figure = NotebookFigure(figsize=(width, height), dpi=200, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def accuracy_plot(
     histories: Histories,
     path: str | Path | None = None,

@@ -18,7 +18,7 @@ from fedjax_sim.evaluation import evaluate_clients, evaluate_systems
 from fedjax_sim.outcome import close_round
 from fedjax_sim.sharding import share_out
 from fedjax_sim.state import Arrays, History, RoundState
-from fedjax_sim.streaming import play_in_passes
+from fedjax_sim.streaming import play_in_parts
 from fedjax_sim.training import train_cohorts, train_roots
 from fedjax_sim.types import Array, Params
 
@@ -43,7 +43,7 @@ def play_round(
     updates: dict[str, Array] = {}
     if first.in_passes or first.hosted:
         finished = {
-            n: play_in_passes(sim, states[n], arrays, defended.get(n), roots.get(n))
+            n: play_in_parts(sim, states[n], arrays, defended.get(n), roots.get(n))
             for n, sim in sims.items()
         }
     else:

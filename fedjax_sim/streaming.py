@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ROWS_AT_A_TIME = 16
 
 
-def play_in_passes(
+def play_in_parts(
     sim: "Simulation",
     state: RoundState,
     arrays: Arrays,
