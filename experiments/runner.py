@@ -540,10 +540,9 @@ def estimate(comparison: fs.Comparison, num_seeds: int) -> float:
     if steps * sim.num_params < WORTH_MEASURING:
         return 0.0
     params = sim.model.init(jax.random.key(0))
-    clients, devices = sim.clients, sim.num_devices
-    if isinstance(clients, fs.hosts.HostClients):
-        # On one device, with clients that are here.
-        clients, devices, steps = clients.own, 1, steps / sim.num_devices
+    clients, devices = sim.own_clients, sim.num_devices
+    if sim.hosted:  # measured on one device, with clients that are here
+        devices, steps = 1, steps / sim.num_devices
     probe_steps = 20
     update = sim.client_update.with_steps(probe_steps)
     count = min(sim.client_chunk * devices, sim.cohort_size, clients.num_clients)

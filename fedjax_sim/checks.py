@@ -102,10 +102,10 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
             f"client {empty[0]}): they cannot train. Use fewer clients or a partition "
             "with min_size."
         )
-    multilabel = np.ndim(sim.clients.targets) == 2
+    multilabel = np.ndim(sim.own_clients.targets) == 2
     made = one_sample(sim)
     for name in ("clients", "test", "local_test", "root"):
-        data = getattr(sim, name)
+        data = sim.own_clients if name == "clients" else getattr(sim, name)
         if data is None:
             continue
         targets = np.asarray(data.targets)
@@ -115,7 +115,7 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
                 f"{len(data.inputs)} inputs and {len(targets)} targets."
             )
         stored = name in ("clients", "local_test")
-        like = sim.clients.inputs if stored else made.inputs
+        like = sim.own_clients.inputs if stored else made.inputs
         if np.shape(data.inputs)[1:] != np.shape(like)[1:]:
             whose = "inputs like the clients'"
             if sim.make_samples is not None and not stored:
@@ -127,7 +127,7 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
         if multilabel != (targets.ndim == 2):
             raise ValueError(
                 f"{name} must have targets of as many dimensions as the clients; got "
-                f"shape {targets.shape} and {np.shape(sim.clients.targets)}."
+                f"shape {targets.shape} and {np.shape(sim.own_clients.targets)}."
             )
         integers = np.issubdtype(targets.dtype, np.integer)
         if multilabel:
@@ -149,7 +149,7 @@ def check_data(sim: "Simulation", sizes: np.ndarray, num_outputs: int) -> None:
 
 def _check_loss(sim: "Simulation", num_outputs: int) -> None:
     """The model's loss gives one number a sample on these targets."""
-    targets = sim.clients.targets[:2]
+    targets = sim.own_clients.targets[:2]
     outputs = jax.ShapeDtypeStruct((len(targets), num_outputs), jnp.float32)
     got: Any
     try:
@@ -174,7 +174,7 @@ def check_local_test(sim: "Simulation") -> None:
     held_out = sim.local_test
     if held_out is None:
         return
-    ours = sim.clients
+    ours = sim.own_clients
     if held_out.num_clients != ours.num_clients:
         raise ValueError(
             f"local_test must have the clients of the run, {ours.num_clients}; got "
@@ -197,7 +197,7 @@ def check_local_test(sim: "Simulation") -> None:
         return
     pool = len(ours.targets)
 
-    def owned(clients: Clients | HostClients) -> np.ndarray:
+    def owned(clients: Clients) -> np.ndarray:
         client = np.arange(clients.num_clients)[:, None]
         return (client * pool + np.asarray(clients.indices))[np.asarray(clients.mask)]
 
@@ -239,7 +239,7 @@ def one_sample(sim: "Simulation") -> ClientData:
     """
 
     def one_client() -> ClientData:
-        data = sim.clients.gather(jnp.zeros((), jnp.int32))
+        data = sim.own_clients.gather(jnp.zeros((), jnp.int32))
         if sim.make_samples is None:
             return data
         with _blamed("make_samples"):
@@ -354,7 +354,7 @@ def check_byzantine_update(sim: "Simulation", sizes: np.ndarray) -> None:
 def _one_client(sim: "Simulation", samples: bool) -> tuple[ClientData, RoundContext]:
     """What a client stores, or its ``samples``, and a data attack's context."""
     zero = jnp.zeros((), jnp.int32)
-    data = sim.clients.gather(zero)
+    data = sim.own_clients.gather(zero)
     if not sim.padded:
         data = data._replace(mask=None)
     if samples and sim.make_samples is not None:
@@ -576,7 +576,10 @@ def _check_client_defense(
 ) -> None:
     """The defense suits the data and keeps its contract, by shapes alone."""
     who = f"the client defense {defense.name}"
-    sizes, targets = np.asarray(sim.clients.sizes()), np.asarray(sim.clients.targets)
+    sizes, targets = (
+        np.asarray(sim.clients.sizes()),
+        np.asarray(sim.own_clients.targets),
+    )
     for field in ("init", "apply", "validate"):
         if not callable(getattr(defense, field)):
             raise TypeError(
@@ -603,7 +606,7 @@ def _check_client_defense(
         )
 
     def gather(id: jax.Array) -> ClientData:
-        data = sim.clients.gather(id)
+        data = sim.own_clients.gather(id)
         return data if sim.make_samples is None else sim.make_samples(data)
 
     def one_round(key: jax.Array) -> None:
@@ -616,7 +619,7 @@ def _check_client_defense(
             features=features and (lambda inputs: features(params, inputs)),
         )
         with _blamed(who):
-            state = defense.init(sim.clients.mask)
+            state = defense.init(sim.own_clients.mask)
             if any(is_key(leaf) for leaf in jax.tree.leaves(state)):
                 raise TypeError(
                     f"{who}: state must hold no PRNG keys. Take context.key, which is "
@@ -624,7 +627,7 @@ def _check_client_defense(
                 )
             out: Any = defense.apply(gather, state, context)
         _check_tuple(who, out, ("keep", "state", "info"))
-        keep = jnp.zeros((cohort, sim.clients.mask.shape[1]), bool)
+        keep = jnp.zeros((cohort, sim.own_clients.mask.shape[1]), bool)
         _check_like(f"{who}: keep", out[0], keep)
         _check_like(f"{who}: state", out[1], state)
         if not isinstance(out[2], Mapping):

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fedjax_sim.registry import check_type
 from fedjax_sim.sharding import AXIS, device_mesh, replicate
-from fedjax_sim.types import Array, ClientData, Clients
+from fedjax_sim.types import Array, Clients
 
 # Seconds after which a process that says nothing is taken for dead.
 HEARTBEAT = 20
@@ -150,29 +150,9 @@ class HostClients:
     def num_clients(self) -> int:
         return len(self.counts)
 
-    @property
-    def inputs(self) -> Array:
-        return self.own.inputs
-
-    @property
-    def targets(self) -> Array:
-        return self.own.targets
-
-    @property
-    def indices(self) -> Array:
-        return self.own.indices
-
-    @property
-    def mask(self) -> Array:
-        return self.own.mask
-
     def sizes(self) -> np.ndarray:
         """Number of samples of every client of all processes, ``int32 [N]``."""
         return self.counts
-
-    def gather(self, ids: Array) -> ClientData:
-        """The data of clients of this process, counted from its first."""
-        return self.own.gather(ids)
 
 
 def share(own: Clients) -> HostClients:

@@ -225,6 +225,12 @@ class Simulation:
         """Whether each process holds its own clients only: see ``fedjax_sim.hosts``."""
         return isinstance(self.clients, HostClients)
 
+    @property
+    def own_clients(self) -> Clients:
+        """The clients of this process: all, unless each holds its own only."""
+        clients = self.clients
+        return clients.own if isinstance(clients, HostClients) else clients
+
     @functools.cached_property
     def padded(self) -> bool:
         """Whether clients differ in size, so that some rows are padding."""

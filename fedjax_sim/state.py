@@ -207,7 +207,7 @@ def _fresh_state(
     attack = () if sim.attack is None else sim.attack.init(params, sim.num_clients)
     defense: PyTree = ()
     if sim.client_defense is not None:
-        defense = sim.client_defense.init(sim.clients.mask)
+        defense = sim.client_defense.init(sim.own_clients.mask)
     return RoundState(
         params=params,
         previous_params=params,
