@@ -47,11 +47,10 @@ def main():
         a = fs.aggregators
         return {
             "fltrust": fs.Simulation(aggregator=a.fltrust(), **own, **attacked),
-            # What it remembers of all clients stays on each device.
-            "foolsgold": fs.Simulation(aggregator=a.foolsgold(), **own, **attacked),
-            # Clients that cluster their samples, and a test set of each.
+            # What the rule remembers of all clients stays on each device; clients
+            # cluster their samples, and have a test set each.
             "sanitization": fs.Simulation(
-                aggregator=a.fedavg(),
+                aggregator=a.foolsgold(),
                 client_defense=fs.client_defenses.sanitization(3, start=1),
                 **own,
                 **backdoor,
