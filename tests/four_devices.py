@@ -64,7 +64,7 @@ def collectives(compiled):
 def check_rounds():
     """Whole rounds send what the rule does: training sends nothing.
 
-    But for the data of a cohort that is drawn, where each process loads its own clients.
+    But for the data of a cohort that is drawn, where processes load their own clients.
     """
     data = fs.data.load("digits")
     clients, _ = fs.data.federate(
