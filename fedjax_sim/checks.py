@@ -15,6 +15,8 @@ import optax
 
 from fedjax_sim.hosts import HostClients
 from fedjax_sim.models import Model
+from fedjax_sim.passes import Rows
+from fedjax_sim.pytrees import ravel_clients
 from fedjax_sim.registry import check_count, check_type
 from fedjax_sim.sharding import is_key
 from fedjax_sim.types import (
@@ -450,23 +452,7 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             )
 
     def one_round(key: jax.Array) -> None:
-        params, zero = sim.model.init(key), jnp.zeros(())
-        updates = jax.tree.map(
-            lambda p: jnp.broadcast_to(p, (cohort, *p.shape)), params
-        )
-        context = RoundContext(
-            key=key,
-            params=params,
-            previous_params=params,
-            previous_aggregate=params,
-            round=jnp.zeros((), jnp.int32),
-            client_ids=jnp.arange(cohort, dtype=jnp.int32),
-            num_samples=jnp.ones(cohort),
-            mask=jnp.ones(cohort, bool),
-            root_update=params if sim.root is not None else None,
-            root_scores=None if sim.root is None else lambda params: (zero, zero),
-            byzantine=jnp.zeros(cohort, bool),
-        )
+        params, updates, context = _example_round(sim, cohort, key)
         if sim.attack is not None:
             who = f"the attack {sim.attack.name}"
             with _blamed(who):
@@ -486,28 +472,7 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
             out: Any = sim.aggregator.apply(
                 updates, state, context._replace(byzantine=None)
             )
-        _check_tuple(who, out, ("aggregate", "state", "AggregatorInfo"))
-        _check_like(f"{who}: aggregate", out[0], params)
-        _check_like(f"{who}: state", out[1], state)
-        if not isinstance(out[2], AggregatorInfo):
-            raise TypeError(
-                f"{who} must return an AggregatorInfo third; got "
-                f"{type(out[2]).__name__}."
-            )
-        fields = {**out[2]._asdict(), **out[2].details}
-        del fields["details"]
-        for name, value in fields.items():
-            if jnp.shape(value) != (cohort,):
-                raise TypeError(
-                    f"{who}: info {name} must have shape ({cohort},), one value a "
-                    f"client; got {jnp.shape(value)}."
-                )
-        for name, kind in INFO_TYPES.items():
-            dtype = jnp.result_type(fields[name])
-            if not jnp.issubdtype(dtype, kind):
-                raise TypeError(
-                    f"{who}: info {name} must be of type {kind.__name__}; got {dtype}."
-                )
+        _check_aggregation(who, out, params, state, cohort)
 
     jax.eval_shape(one_round, jax.random.key(0))
     if sim.data_attack is not None:
@@ -516,19 +481,70 @@ def check_plugins(sim: "Simulation", cohort: int) -> None:
         _check_client_defense(sim, sim.client_defense, cohort)
 
 
+def _example_round(
+    sim: "Simulation", cohort: int, key: jax.Array
+) -> tuple[PyTree, PyTree, RoundContext]:
+    """Parameters, updates and context of a round, of which only the shapes count."""
+    params, zero = sim.model.init(key), jnp.zeros(())
+    updates = jax.tree.map(lambda p: jnp.broadcast_to(p, (cohort, *p.shape)), params)
+    context = RoundContext(
+        key=key,
+        params=params,
+        previous_params=params,
+        previous_aggregate=params,
+        round=jnp.zeros((), jnp.int32),
+        client_ids=jnp.arange(cohort, dtype=jnp.int32),
+        num_samples=jnp.ones(cohort),
+        mask=jnp.ones(cohort, bool),
+        root_update=params if sim.root is not None else None,
+        root_scores=None if sim.root is None else lambda params: (zero, zero),
+        byzantine=jnp.zeros(cohort, bool),
+    )
+    return params, updates, context
+
+
+def _check_aggregation(
+    who: str, out: Any, aggregate: PyTree, state: PyTree, cohort: int
+) -> None:
+    """What a rule returns has the form that ``Aggregator`` asks for."""
+    _check_tuple(who, out, ("aggregate", "state", "AggregatorInfo"))
+    _check_like(f"{who}: aggregate", out[0], aggregate)
+    _check_like(f"{who}: state", out[1], state)
+    if not isinstance(out[2], AggregatorInfo):
+        raise TypeError(
+            f"{who} must return an AggregatorInfo third; got {type(out[2]).__name__}."
+        )
+    fields = {**out[2]._asdict(), **out[2].details}
+    del fields["details"]
+    for name, value in fields.items():
+        if jnp.shape(value) != (cohort,):
+            raise TypeError(
+                f"{who}: info {name} must have shape ({cohort},), one value a client; "
+                f"got {jnp.shape(value)}."
+            )
+    for name, kind in INFO_TYPES.items():
+        dtype = jnp.result_type(fields[name])
+        if not jnp.issubdtype(dtype, kind):
+            raise TypeError(
+                f"{who}: info {name} must be of type {kind.__name__}; got {dtype}."
+            )
+
+
 def check_passes(sim: "Simulation", cohort: int) -> None:
     """A round whose updates are held by no one can be played.
 
     Raises:
         ValueError: rule or attack has no such form, or one update is too much.
+        TypeError: what that form returns is not as ``fedjax_sim.types`` asks for.
     """
-    if sim.update_memory is None:
+    budget, in_passes = sim.update_memory, sim.aggregator.in_passes
+    if budget is None:
         return
-    check_count("update_memory (bytes)", sim.update_memory, 1)
+    check_count("update_memory (bytes)", budget, 1)
     if not sim.in_passes:
         return
     whole, one = 4 * cohort * sim.num_params, 4 * sim.num_params
-    given = f"update_memory={sim.update_memory:,} bytes"
+    given = f"update_memory={budget:,} bytes"
     if sim.num_devices > 1:
         given += f" on each of {sim.num_devices} devices"
     why = (
@@ -539,17 +555,17 @@ def check_passes(sim: "Simulation", cohort: int) -> None:
         "leave update_memory out to hold them all, on every device; or take a smaller "
         "cohort_size"
     )
-    if sim.update_memory < one:
+    if budget < one:
         raise ValueError(
             f"update_memory must hold at least one update of {sim.num_params:,} "
-            f"parameters, {one:,} bytes; got {sim.update_memory:,}. Raise it."
+            f"parameters, {one:,} bytes; got {budget:,}. Raise it."
         )
     if sim.local_test is not None:
         raise ValueError(
             f"{why}, but local_test asks for the model of every client. Leave "
             f"local_test out, or {way_out}."
         )
-    if sim.aggregator.in_passes is None:
+    if in_passes is None:
         raise ValueError(
             f"{why}, and {sim.aggregator.name} has no form that sees them in passes. "
             f"{way_out.capitalize()}; or use a rule that has one, such as fedavg, "
@@ -569,6 +585,32 @@ def check_passes(sim: "Simulation", cohort: int) -> None:
                 "that knows its own update only, such as sign_flip, or alie, ipm, "
                 "gaussian or model_replacement."
             )
+
+    def one_round(key: jax.Array) -> None:
+        params, updates, context = _example_round(sim, cohort, key)
+        U, places = ravel_clients(updates)[0], jnp.arange(cohort)
+        rows = Rows(
+            lambda places: (U[places], ()),
+            *U.shape,
+            chunk=cohort,
+            memory=budget,
+            mask=context.mask,
+        )
+        if attack is not None and attack.in_passes is not None:
+            who = f"the attack {attack.name}, in passes"
+            with _blamed(who):
+                memory = attack.init(params, sim.num_clients)
+                change = attack.in_passes(rows, memory, context)
+                changed = change(U, places)
+            _check_like(f"{who}: updates", changed, U)
+            rows = rows.then(change)
+        who = f"the aggregator {sim.aggregator.name}, in passes"
+        with _blamed(who):
+            state = sim.aggregator.init(params, sim.num_clients)
+            out: Any = in_passes(rows, state, context._replace(byzantine=None))
+        _check_aggregation(who, out, U[0], state, cohort)
+
+    jax.eval_shape(one_round, jax.random.key(0))
 
 
 def _check_client_defense(

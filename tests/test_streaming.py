@@ -111,3 +111,34 @@ def test_an_attack_that_remembers_needs_a_form_of_its_own(shared):
     fs.Simulation(**shared, **options)
     with pytest.raises(ValueError, match=r"counting \(own\) has no form"):
         fs.Simulation(**shared, **options, update_memory=4 * 610)
+
+
+def test_forms_in_passes_are_checked_before_training(shared):
+    rule, alie = a.fedavg(), attacks.alie(z=1.0)
+
+    def short(rows, state, context):
+        aggregate, state, info = rule.in_passes(rows, state, context)
+        return aggregate[:-1], state, info
+
+    def of_some(rows, state, context):
+        aggregate, state, info = rule.in_passes(rows, state, context)
+        return aggregate, state, info._replace(scores=info.scores[:4])
+
+    def one_row(rows, state, context):
+        return lambda updates, places: updates[0]
+
+    for message, options in {
+        "aggregator fedavg, in passes: aggregate": {
+            "aggregator": rule._replace(in_passes=short)
+        },
+        r"info scores must have shape \(15,\)": {
+            "aggregator": rule._replace(in_passes=of_some)
+        },
+        "attack alie, in passes: updates": {
+            "aggregator": rule,
+            "attack": alie._replace(in_passes=one_row),
+            "num_byzantine": 3,
+        },
+    }.items():
+        with pytest.raises(TypeError, match=message):
+            fs.Simulation(**shared, **options, update_memory=4 * 610)
