@@ -450,7 +450,7 @@ def found(path: Path, key: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
+    with results.reading(path, "Delete it to run this cell again."):
         content: dict[str, Any] = json.loads(path.read_text())
         if content["key"] != key or not content["results"]:
             raise ValueError("it is of another cell")
@@ -461,10 +461,6 @@ def found(path: Path, key: str) -> dict[str, Any] | None:
             np.array([run[measure] for run in content["results"]], np.float64)
         for field in ("cell", "max_byzantine", "rounds", "versions"):
             content[field]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}). Delete it to run this cell again."
-        ) from None
     return content
 
 

@@ -259,14 +259,10 @@ def found(path: Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
+    with results.reading(path, "Delete it to measure this point again."):
         content: dict[str, Any] = json.loads(path.read_text())
         Found(**content["found"])
         content["point"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}). Delete it to measure this point again."
-        ) from None
     return content
 
 
@@ -348,19 +344,26 @@ def probe(config: Config, console: Console) -> dict[str, Any]:
     """What the machine can do, measured once for a folder.
 
     Raises:
-        ValueError: fewer devices than ``--devices`` asks for; another machine's folder;
-            or a damaged file.
+        ValueError: fewer devices than ``--devices`` asks for; a folder of another
+            machine, or of other versions of the packages; or a damaged file.
     """
     path = config.out / "machine.json"
     if path.exists():
-        try:
+        here = apart(results.versions, usable_cores())
+        with results.reading(path, "Delete it to measure the machine again."):
             machine: dict[str, Any] = json.loads(path.read_text())
             machine["flops"], machine["bytes"], machine["devices"]
-            machine["versions"]["device"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            there = dict(machine["versions"])
+        differ = {k for k in here | there if here.get(k) != there.get(k)}
+        if differ:
+            was, now = (
+                ", ".join(f"{k} {versions.get(k)}" for k in sorted(differ))
+                for versions in (there, here)
+            )
             raise ValueError(
-                f"{path} is damaged ({error!r}). Delete it to measure it again."
-            ) from None
+                f"{config.out} was measured with {was}; here it would be {now}. Name "
+                "another --out."
+            )
     else:
         console.print("measuring what the machine can do")
         machine = apart(scaling_point.machine, usable_cores())

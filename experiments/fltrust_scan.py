@@ -114,16 +114,11 @@ def found(config: fltrust_mnist.Config) -> dict[str, Any] | None:
     path = config.out / "summary.json"
     if not path.exists():
         return None
-    try:
+    with results.reading(path, f"Delete {config.out} to run this cell again."):
         summary = json.loads(path.read_text())
         systems: dict[str, Any] = summary["systems"]
         done = min(system["rounds"] for system in systems.values())
         same = summary["key"] == results.config_key(config)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}). Delete {config.out} to run this cell "
-            "again."
-        ) from None
     return systems if same and done == config.rounds else None
 
 

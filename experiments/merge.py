@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments.results import METRICS, TAIL, WHERE, write_csv
+from experiments.results import METRICS, TAIL, WHERE, reading, write_csv
 
 VALUES = ("final", f"mean_of_last_{TAIL}", "spread_over_seeds")
 
@@ -69,17 +69,12 @@ def read(folder: Path) -> Run | None:
         )
     if not summary.exists():
         return None
-    try:
+    with reading(f"the run in {folder}", "Leave it out, or run it again."):
         found, results = (json.loads(p.read_text()) for p in (config, summary))
         run = Run(folder, found["key"], dict(found["config"]), results["systems"])
         if results["key"] != run.key:
             raise ValueError("summary.json is of another run")
         _ = run.rounds
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(
-            f"the run in {folder} is damaged ({error!r}). Leave it out, or run it "
-            "again."
-        ) from None
     return run
 
 

@@ -1,5 +1,6 @@
 """The files of a run directory: what identifies a run, and what it found."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -8,7 +9,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def versions() -> dict[str, str]:
     # the number of threads.
     found["machine"] = f"{platform.machine()}, {usable_cores()} cores"
     return found
+
+
+@contextlib.contextmanager
+def reading(what: Path | str, cure: str) -> Iterator[None]:
+    """What is wrong with a kept file, or missing in it, becomes one clear error.
+
+    Raises:
+        ValueError: it is damaged; with the ``cure``.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{what} is damaged ({error!r}). {cure}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -165,7 +165,7 @@ class Simulation:
         object.__setattr__(self, "cohort_size", cohort)
         if self.client_chunk is None:
             steps = self.client_update.num_steps(sizes)
-            chunk = default_client_chunk(self.model, steps)
+            chunk = default_client_chunk(self.num_params, steps)
             object.__setattr__(self, "client_chunk", chunk)
         there = jax.device_count() if self.hosted else jax.local_device_count()
         if self.num_devices is None:
@@ -306,7 +306,7 @@ class Simulation:
         return states[name], histories[name]
 
 
-def default_client_chunk(model: Model, steps: np.ndarray) -> int:
+def default_client_chunk(num_params: int, steps: np.ndarray) -> int:
     """Clients trained side by side where the user does not say.
 
     On CPU parameters and activations of one client should stay in cache, so clients
@@ -317,10 +317,8 @@ def default_client_chunk(model: Model, steps: np.ndarray) -> int:
     """
     if jax.default_backend() != "cpu":
         return 2**31 - 1
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
     unequal = np.max(steps) > MOST_UNEQUAL * np.mean(steps)
-    return 1 if size > CACHE_PARAMS or unequal else 20
+    return 1 if num_params > CACHE_PARAMS or unequal else 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

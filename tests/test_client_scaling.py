@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments import client_scaling, scaling_point, scaling_report
+from experiments import client_scaling, results, scaling_point, scaling_report
 from experiments.scaling_point import Found, Point, Work
 
 MACHINE = {
@@ -57,13 +57,15 @@ def found(**changes):
     return usual._replace(**changes)
 
 
-def run(out, monkeypatch, measure, **options):
+def run(out, monkeypatch, measure, here=MACHINE["versions"], **options):
     """Runs a study with this instead of measuring; what the terminal showed."""
     asked = []
 
     def apart(f, devices, *args):
         if f is scaling_point.machine:
             return MACHINE
+        if f is results.versions:
+            return here
         asked.append((devices, args[0]))
         return measure(*args)
 
@@ -224,6 +226,15 @@ def test_damaged_files(tmp_path, monkeypatch):
     (out / "machine.json").write_text("{}")
     with pytest.raises(ValueError, match=r"machine\.json is damaged"):
         run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+
+
+def test_two_machines_do_not_mix(tmp_path, monkeypatch):
+    out = tmp_path / "scaling"
+    run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+    here = {"device": "1 x H200"}
+    message = "was measured with device 2 x cpu; here it would be device 1 x H200"
+    with pytest.raises(ValueError, match=message):
+        run(out, monkeypatch, None, here=here, series=("clients",))
 
 
 def test_presets_can_be_run():
