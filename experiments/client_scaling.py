@@ -46,7 +46,7 @@ from experiments import (
     scaling_report,
     specs,
 )
-from experiments.scaling_point import Found, Point, make_rule
+from experiments.scaling_point import Found, Point, Result, Work, make_rule
 from fedjax_sim.memory import gigabytes
 from fedjax_sim.sharding import usable_cores
 
@@ -251,7 +251,7 @@ def point_file(config: Config, point: Point) -> Path:
     return config.out / "points" / f"{key}.json"
 
 
-def found(path: Path) -> dict[str, Any] | None:
+def kept(path: Path) -> Result | None:
     """A measurement that was kept; None where there is none.
 
     Raises:
@@ -260,10 +260,17 @@ def found(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with results.reading(path, "Delete it to measure this point again."):
-        content: dict[str, Any] = json.loads(path.read_text())
-        Found(**content["found"])
-        content["point"]
-    return content
+        content = json.loads(path.read_text())
+        work = Work(**content["found"].pop("work"))
+        found = Found(**content["found"], work=work)
+        return Result(Point(**content["point"]), found)
+
+
+def keep(path: Path, point: Point, found: Found) -> None:
+    """Writes a measurement for ``kept``."""
+    values = found._asdict() | {"work": found.work._asdict()}
+    content = {"point": dataclasses.asdict(point), "found": values}
+    results.write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def apart(f: Callable[..., T], devices: int, *args: Any) -> T:
@@ -309,31 +316,31 @@ def run(config: Config, console: Console) -> None:
     rundir.check_writable(config.out)
     if not (config.out / "machine.json").exists():
         rundir.check_unused(config.out, "scaling study")
-    contents = {point: found(point_file(config, point)) for point in all_points(config)}
+    done = {point: kept(point_file(config, point)) for point in all_points(config)}
     with rundir.hold(config.out):
         (config.out / "points").mkdir(exist_ok=True)
         machine = probe(config, console)
-        missing = [point for point, content in contents.items() if content is None]
+        missing = [point for point, result in done.items() if result is None]
         console.print(
-            f"{len(contents) - len(missing)} of {len(contents)} points measured "
-            f"before, {len(missing)} to measure on {machine['versions']['device']}"
+            f"{len(done) - len(missing)} of {len(done)} points measured before, "
+            f"{len(missing)} to measure on {machine['versions']['device']}"
         )
         start = time.perf_counter()
         with runner.progress_bar(console) as progress:
             task = progress.add_task("points", total=len(missing))
             for count, point in enumerate(missing, start=1):
                 progress.update(task, description=label(point))
-                content = measure(config, point)
-                contents[point] = content
+                result = measure(config, point)
+                done[point] = result
                 progress.update(task, advance=1)
                 left = (time.perf_counter() - start) / count * (len(missing) - count)
                 progress.console.print(
-                    f"{count}/{len(missing)} {label(point)}: {told(content)} (left: "
+                    f"{count}/{len(missing)} {label(point)}: {told(result)} (left: "
                     f"about {runner.duration(left)})",
                     soft_wrap=True,
                 )
-        series: dict[str, list[dict[str, Any]]] = {
-            name: [contents[p] or {} for p in points(config, name)]
+        series: dict[str, list[Result]] = {
+            name: [r for p in points(config, name) if (r := done[p]) is not None]
             for name in config.series
         }
         command = commandline.command(config, PRESETS[config.preset])
@@ -375,22 +382,19 @@ def probe(config: Config, console: Console) -> dict[str, Any]:
     return machine
 
 
-def measure(config: Config, point: Point) -> dict[str, Any]:
+def measure(config: Config, point: Point) -> Result:
     """Measures a point and keeps it; of one that does not fit, the reason.
 
     That one is not kept: another time there may be more memory.
     """
-    content: dict[str, Any] = {"point": dataclasses.asdict(point)}
     try:
         found = apart(scaling_point.measure, point.devices, point, config.data_dir)
-        content["found"] = found._asdict()
     except MemoryError as error:
-        return content | {"refused": str(error)}
+        return Result(point, None, str(error))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{label(point)}: {error}") from None
-    path = point_file(config, point)
-    results.write_atomically(path, json.dumps(content, indent=1) + "\n")
-    return content
+    keep(point_file(config, point), point, found)
+    return Result(point, found)
 
 
 def label(point: Point) -> str:
@@ -402,16 +406,15 @@ def label(point: Point) -> str:
     return ", ".join(parts) + f", {point.devices} device(s)"
 
 
-def told(content: dict[str, Any]) -> str:
+def told(result: Result) -> str:
     """What was found, in a line."""
-    if "refused" in content:
-        return f"refused: {content['refused']}"
-    measured = Found(**content["found"])
+    found = result.found
+    if found is None:
+        return f"refused: {result.refused}"
     return (
-        f"{1e3 * measured.round_seconds:.3g} ms a round, "
-        f"{gigabytes(measured.peak_bytes)} (told {gigabytes(measured.told_bytes)}), "
-        f"compiled in {measured.compile_seconds:.1f} s, accuracy "
-        f"{measured.accuracy:.3f}"
+        f"{1e3 * found.round_seconds:.3g} ms a round, {gigabytes(found.peak_bytes)} "
+        f"(told {gigabytes(found.told_bytes)}), compiled in "
+        f"{found.compile_seconds:.1f} s, accuracy {found.accuracy:.3f}"
     )
 
 

@@ -117,8 +117,16 @@ class Found(NamedTuple):
     parts: dict[str, int]
     process_bytes: int
     accuracy: float
-    work: dict[str, float]
+    work: Work
     versions: dict[str, str]
+
+
+class Result(NamedTuple):
+    """A point, and what was found; or why it could not be, for want of memory."""
+
+    point: Point
+    found: Found | None
+    refused: str = ""
 
 
 def make_rule(point: Point) -> fs.types.Aggregator:
@@ -232,7 +240,7 @@ def measure(point: Point, data_dir: Path | None) -> Found:
         parts=told._asdict(),
         process_bytes=max(whole, _memory("VmHWM")),
         accuracy=float(next(iter(history.values())).accuracy[-1]),
-        work=least_work(sim, point.batch_size)._asdict(),
+        work=least_work(sim, point.batch_size),
         versions=results.versions(),
     )
 

@@ -1,6 +1,6 @@
 """Tables, CSV and plots of the scaling study."""
 
-import json
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,9 @@ from rich.console import Console
 
 import fedjax_sim as fs
 from experiments import results
-from experiments.scaling_point import Found, Work
+from experiments.scaling_point import Found, Point, Result, Work
 from fedjax_sim.memory import gigabytes
 from fedjax_sim.report import COLOURS, COLUMN, LINES, MARKERS, STYLE, panels
-
-Content = Mapping[str, Any]
 
 TITLES = {
     "clients": "Clients of the population",
@@ -34,35 +32,33 @@ def write(
     config: Any,
     command: str,
     machine: Mapping[str, Any],
-    series: Mapping[str, Sequence[Content]],
+    series: Mapping[str, Sequence[Result]],
     console: Console,
 ) -> None:
     """Prints the tables; writes points.csv, summary.md and the plots."""
-    contents = list(
-        {json.dumps(c["point"]): c for own in series.values() for c in own}.values()
-    )
-    write_csv(config.out / "points.csv", contents, machine)
+    everything = list({r.point: r for own in series.values() for r in own}.values())
+    write_csv(config.out / "points.csv", everything, machine)
     tables = {TITLES[n]: table(n, own, machine) for n, own in series.items()}
     plots = {
         name: series_plot(name, own, machine)
         for name, own in series.items()
-        if name != "rule" and any("found" in c for c in own)
+        if name != "rule" and done(own)
     }
-    done = [c for c in contents if "found" in c]
-    if any("found" in c for c in series.get("rule", ())):
-        plots["rule"] = rule_plot(series["rule"], machine)
-    if done:
+    measured = [found for _, found in done(everything)]
+    if done(series.get("rule", ())):
+        plots["rule"] = rule_plot(series["rule"])
+    if measured:
         plots["roofline"] = roofline_plot(series, machine)
         plots["memory"] = memory_plot(series)
     for title, own in tables.items():
         console.print(fs.report.rich_table(*own, title=title))
-    remarks = [memory_remark(done), machine_remark(machine)]
+    remarks = [memory_remark(measured), machine_remark(machine)]
     for remark in remarks:
         console.print(remark)
     for name, figure in plots.items():
         for suffix in ("png", "pdf"):  # to look at; for a paper
             figure.savefig(config.out / f"{name}.{suffix}")
-    versions = done[0]["found"]["versions"] if done else machine["versions"]
+    versions = measured[0].versions if measured else machine["versions"]
     parts = [
         "# Scaling",
         f"`{command}`",
@@ -79,6 +75,11 @@ def write(
     console.print(
         f"results in {config.out}: summary.md, {figures}points.csv (plots also as pdf)"
     )
+
+
+def done(points: Sequence[Result]) -> list[tuple[Point, Found]]:
+    """Those that could be measured."""
+    return [(r.point, r.found) for r in points if r.found is not None]
 
 
 def settings(config: Any) -> str:
@@ -124,39 +125,37 @@ def by_set(machine: Mapping[str, Any]) -> dict[int, float]:
 
 
 def share_of_bound(found: Found, machine: Mapping[str, Any]) -> float:
-    return bound(Work(**found.work), machine) / found.round_seconds
+    return bound(found.work, machine) / found.round_seconds
 
 
-def write_csv(
-    path: Path, contents: Sequence[Content], machine: Mapping[str, Any]
-) -> None:
+def write_csv(path: Path, points: Sequence[Result], machine: Mapping[str, Any]) -> None:
     """A row for every point; those that did not fit have the reason."""
     rows = []
-    for content in contents:
-        row = dict(content["point"])
-        if "found" in content:
-            found = Found(**content["found"])
-            row |= {k: v for k, v in found._asdict().items() if k != "versions"}
+    for point, found, refused in points:
+        row: dict[str, Any] = dataclasses.asdict(point)
+        if found is not None:
+            row |= found._asdict()
+            del row["versions"]
             row |= {f"told_{name}": size for name, size in row.pop("parts").items()}
-            row |= row.pop("work")
+            row |= row.pop("work")._asdict()
             row["rounds_per_second"] = 1 / found.round_seconds
-            row["bound_seconds"] = bound(Work(**found.work), machine)
-        row["refused"] = content.get("refused", "")
+            row["bound_seconds"] = bound(found.work, machine)
+        row["refused"] = refused
         rows.append(row)
     fields = list(dict.fromkeys(field for row in rows for field in row))
     results.write_csv(path, fields, [[row.get(f, "") for f in fields] for row in rows])
 
 
 def table(
-    name: str, contents: Sequence[Content], machine: Mapping[str, Any]
+    name: str, points: Sequence[Result], machine: Mapping[str, Any]
 ) -> fs.report.Table:
     """A row for every point of a series, with what varies in it."""
-    first: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "clients": lambda p: f"{p['clients']:,}",
-        "cohort": lambda p: f"{p['cohort']:,}",
-        "width": lambda p: f"{p['width']:,}",
+    first: dict[str, Callable[[Point], str]] = {
+        "clients": lambda p: f"{p.clients:,}",
+        "cohort": lambda p: f"{p.cohort:,}",
+        "width": lambda p: f"{p.width:,}",
         "rule": lambda p: (
-            "" if p["update_memory"] is None else gigabytes(p["update_memory"])
+            "all" if p.update_memory is None else gigabytes(p.update_memory)
         ),
     }
     heads = {"clients": "clients", "cohort": "cohort", "width": "width", "rule": "held"}
@@ -166,17 +165,14 @@ def table(
     header += ["rounds/s", "ms a round", "bound", "memory", "told", "compiling"]
     header += ["accuracy"]
     rows = []
-    for content in contents:
-        point = content["point"]
-        value = first[name](point)
-        row = [point["aggregator"], value or "all"]
-        if "refused" in content:
+    for point, found, _ in points:
+        row = [point.aggregator, first[name](point)]
+        if found is None:
             row += ["-"] * (name in ("width", "rule"))
             rows.append((*row, "does not fit", *["-"] * 6))
             continue
-        found = Found(**content["found"])
         row += [f"{found.params:,}"] if name == "width" else []
-        row += [str(point["devices"])] if name == "rule" else []
+        row += [str(point.devices)] if name == "rule" else []
         row += [
             f"{1 / found.round_seconds:.3g}",
             _ms(found.round_seconds),
@@ -194,9 +190,9 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
-def memory_remark(contents: Sequence[Content]) -> str:
+def memory_remark(measured: Sequence[Found]) -> str:
     """How well the memory was told, of the points that take much."""
-    large = [Found(**c["found"]) for c in contents if c["found"]["peak_bytes"] >= LARGE]
+    large = [found for found in measured if found.peak_bytes >= LARGE]
     if not large:
         return f"No point took {gigabytes(LARGE)} or more."
     off = [abs(f.told_bytes / f.peak_bytes - 1) for f in large]
@@ -247,9 +243,7 @@ def _short(x: float) -> str:
 FAINT: dict[str, Any] = {"linewidth": 0.8, "linestyle": ":"}
 
 
-def series_plot(
-    name: str, contents: Sequence[Content], machine: Mapping[str, Any]
-) -> Any:
+def series_plot(name: str, points: Sequence[Result], machine: Mapping[str, Any]) -> Any:
     """Time, memory, compiling and accuracy against what the series varies."""
     labels = {
         "clients": "clients of the population",
@@ -257,11 +251,9 @@ def series_plot(
         "width": "parameters",
     }
     lines: dict[str, list[tuple[float, Found]]] = {}
-    for content in contents:
-        if "found" in content:
-            found = Found(**content["found"])
-            x = found.params if name == "width" else content["point"][name]
-            lines.setdefault(content["point"]["aggregator"], []).append((x, found))
+    for point, found in done(points):
+        x = found.params if name == "width" else getattr(point, name)
+        lines.setdefault(point.aggregator, []).append((x, found))
     with mpl.rc_context(STYLE):
         figure, axes_of = panels(2, 2, 4.2)
         (times, memory), (compiling, accuracy) = axes_of
@@ -286,7 +278,7 @@ def series_plot(
             draw(compiling, lambda f: f.compile_seconds, label=rule, **style)
             draw(accuracy, lambda f: f.accuracy, label=rule, **style)
         own = next(iter(lines.values()))
-        least = [1e3 * bound(Work(**f.work), machine) for _, f in own]
+        least = [1e3 * bound(f.work, machine) for _, f in own]
         times.plot([at for at, _ in own], least, color="0.4", label="bound", **FAINT)
         memory.plot([], [], color="0.4", label="told before", **FAINT)
         _decades(times, "y")
@@ -308,18 +300,15 @@ def series_plot(
         return figure
 
 
-def rule_plot(contents: Sequence[Content], machine: Mapping[str, Any]) -> Any:
+def rule_plot(points: Sequence[Result]) -> Any:
     """Time and memory of every rule: held or in passes, on one device or more."""
-    rules = list(dict.fromkeys(c["point"]["aggregator"] for c in contents))
+    rules = list(dict.fromkeys(r.point.aggregator for r in points))
     ways: dict[str, list[tuple[int, Found]]] = {}
-    for content in contents:
-        point = content["point"]
-        if "found" in content:
-            held = "in passes" if point["update_memory"] else "all updates held"
-            plural = "device" if point["devices"] == 1 else "devices"
-            way = f"{held}, {point['devices']} {plural}"
-            place = rules.index(point["aggregator"])
-            ways.setdefault(way, []).append((place, Found(**content["found"])))
+    for point, found in done(points):
+        held = "in passes" if point.update_memory else "all updates held"
+        plural = "device" if point.devices == 1 else "devices"
+        way = f"{held}, {point.devices} {plural}"
+        ways.setdefault(way, []).append((rules.index(point.aggregator), found))
     with mpl.rc_context(STYLE):
         height = 0.9 + 0.28 * len(rules)
         figure, ((times, memory),) = panels(1, 2, height)
@@ -341,20 +330,17 @@ def rule_plot(contents: Sequence[Content], machine: Mapping[str, Any]) -> Any:
 
 
 def roofline_plot(
-    series: Mapping[str, Sequence[Content]], machine: Mapping[str, Any]
+    series: Mapping[str, Sequence[Result]], machine: Mapping[str, Any]
 ) -> Any:
     """Operations a second against operations a byte, under what the machine can do."""
     with mpl.rc_context(STYLE):
         figure, ((axes,),) = panels(1, 1, 2.8, COLUMN)
         reached = []
-        for i, (name, contents) in enumerate(series.items()):
-            points = [Found(**c["found"]) for c in contents if "found" in c]
-            works = [Work(**f.work) for f in points]
-            x = [w.flops / (w.train_bytes + w.rule_bytes) for w in works]
-            y = [
-                w.flops / f.round_seconds / 1e9
-                for w, f in zip(works, points, strict=True)
-            ]
+        for i, (name, points) in enumerate(series.items()):
+            measured = [found for _, found in done(points)]
+            moved = [f.work.train_bytes + f.work.rule_bytes for f in measured]
+            x = [f.work.flops / m for f, m in zip(measured, moved, strict=True)]
+            y = [f.work.flops / f.round_seconds / 1e9 for f in measured]
             style = {**_style(i), "linestyle": "none"}
             axes.plot(x, y, label=f"series {name}", **style)
             reached += x
@@ -375,15 +361,15 @@ def roofline_plot(
         return figure
 
 
-def memory_plot(series: Mapping[str, Sequence[Content]]) -> Any:
+def memory_plot(series: Mapping[str, Sequence[Result]]) -> Any:
     """Memory told before compiling against memory measured."""
     with mpl.rc_context(STYLE):
         figure, ((axes,),) = panels(1, 1, 2.8, COLUMN)
         sizes: list[float] = []
-        for i, (name, contents) in enumerate(series.items()):
-            points = [Found(**c["found"]) for c in contents if "found" in c]
-            x = [f.told_bytes / 1e6 for f in points]
-            y = [max(f.peak_bytes, 1e6) / 1e6 for f in points]
+        for i, (name, points) in enumerate(series.items()):
+            measured = [found for _, found in done(points)]
+            x = [f.told_bytes / 1e6 for f in measured]
+            y = [max(f.peak_bytes, 1e6) / 1e6 for f in measured]
             style = {**_style(i), "linestyle": "none"}
             axes.plot(x, y, label=f"series {name}", **style)
             sizes += x + y

@@ -51,7 +51,7 @@ def found(**changes):
         parts={"data": 60_000_000, "work": 40_000_000},
         process_bytes=900_000_000,
         accuracy=0.9,
-        work=Work(2e8, 1e6, 500.0, 5e5)._asdict(),
+        work=Work(2e8, 1e6, 500.0, 5e5),
         versions={"jax": "1", "device": "1 x cpu"},
     )
     return usual._replace(**changes)
