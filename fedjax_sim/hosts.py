@@ -67,12 +67,20 @@ def start(how: str = "auto") -> None:
             "process_id": own,
         }
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        **options,
-        initialization_timeout=60,
-        heartbeat_timeout_seconds=HEARTBEAT,
-        shutdown_timeout_seconds=HEARTBEAT,
-    )
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except ValueError as error:  # JAX has found no batch system
+        raise RuntimeError(
+            "the environment does not say which processes there are, as it "
+            "does in a step of SLURM (srun), under Open MPI 4 (mpirun) or in a Job of "
+            f"Kubernetes ({error}). Give HOST:PORT,PROCESSES,ID instead, as in "
+            "node1:9000,4,0."
+        ) from None
 
 
 def own_clients(num_clients: int) -> range:

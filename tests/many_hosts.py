@@ -1,9 +1,9 @@
 """One process of several that run the same simulations; see test_hosts.
 
-    python -m tests.many_hosts HOST:PORT,PROCESSES,ID FOLDER ROUNDS RUN...
+    python -m tests.many_hosts HOW FOLDER ROUNDS RUN...
 
-Process 0 leaves what it found in FOLDER. Where there are checkpoints in FOLDER, from
-however many processes, the run goes on from there.
+HOW is that of ``fs.hosts.start``. Process 0 leaves what it found in FOLDER. Where there
+are checkpoints in FOLDER, from however many processes, the run goes on from there.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Several processes on this machine run one simulation together."""
 
 import csv
+import os
 import socket
 import subprocess
 import sys
@@ -28,13 +29,39 @@ def free_port():
         return free.getsockname()[1]
 
 
-def together(count, folder, rounds, names=many_hosts.RUNS):
-    """``many_hosts`` in some processes, to a round; what process 0 found."""
-    port, command = free_port(), [sys.executable, "-m", "tests.many_hosts"]
+def slurm(count, i):
+    """What SLURM tells a task."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(count),
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+    }
+
+
+def open_mpi(count, i):
+    """What Open MPI tells a process."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": str(count),
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }
+
+
+def together(count, told_by, folder, rounds, names):
+    """``many_hosts`` in some processes, to a round; what process 0 found.
+
+    A batch system tells them who is who.
+    """
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    command = [sys.executable, "-m", "tests.many_hosts", "auto"]
     processes = [
         subprocess.Popen(
-            [*command, f"localhost:{port},{count},{i}", folder, str(rounds), *names],
+            [*command, folder, str(rounds), *names],
             cwd=ROOT,
+            env=os.environ | port | told_by(count, i),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -68,9 +95,9 @@ def alone(tmp_path_factory):
 
 
 def test_processes_find_what_one_finds_and_go_on_where_others_stopped(alone, tmp_path):
-    two = together(2, tmp_path, rounds=2, names=("all", "sampled"))
+    two = together(2, slurm, tmp_path, 2, names=("all", "sampled"))
     # Of all from the checkpoint of the two, in passes from the start.
-    four = together(4, tmp_path, rounds=4, names=("all", "passes"))
+    four = together(4, open_mpi, tmp_path, 4, names=("all", "passes"))
     assert set(two) | set(four) == set(alone)
     for name, wanted in alone.items():
         if name in two and "[1]" in name:  # a history, of two seeds or of one
@@ -81,6 +108,18 @@ def test_processes_find_what_one_finds_and_go_on_where_others_stopped(alone, tmp
             last = wanted
         if name in four:
             np.testing.assert_allclose(four[name], last, 1e-4, 1e-5, err_msg=name)
+
+
+def test_auto_without_a_batch_system():
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import fedjax_sim; fedjax_sim.hosts.start()"],
+        env=outside | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = "RuntimeError: the environment does not say which processes there are"
+    assert said in done.stderr
 
 
 def test_own_clients_are_cut_without_gaps(monkeypatch):
