@@ -279,8 +279,10 @@ def series_plot(name: str, points: Sequence[Result], machine: Mapping[str, Any])
             draw(accuracy, lambda f: f.accuracy, label=rule, **style)
         own = next(iter(lines.values()))
         least = [1e3 * bound(f.work, machine) for _, f in own]
-        times.plot([at for at, _ in own], least, color="0.4", label="bound", **FAINT)
-        memory.plot([], [], color="0.4", label="told before", **FAINT)
+        times.plot(
+            [at for at, _ in own], least, color="0.4", label="bound of (a)", **FAINT
+        )
+        memory.plot([], [], color="0.4", label="told before, of (b)", **FAINT)
         _decades(times, "y")
         _decades(memory, "y")
         compiling.set_ylim(0, 1.2 * compiling.get_ylim()[1])
@@ -295,8 +297,12 @@ def series_plot(name: str, points: Sequence[Result], machine: Mapping[str, Any])
             axes.set_xlabel(labels[name])
             axes.set_ylabel(label)
             axes.set_title(f"({letter})", loc="left")
-        times.legend()
-        memory.legend()
+        named = {
+            label: handle
+            for axes in (times, memory)
+            for handle, label in zip(*axes.get_legend_handles_labels())
+        }
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=3)
         return figure
 
 
