@@ -68,7 +68,8 @@ class Config:
     data_dir: Path | None = None
     #: Folder for the results; refused if it holds any, unless --resume is given.
     out: Path = Path("runs/fltrust_mnist")
-    #: Continue the run in --out from its last checkpoint, or extend it to --rounds.
+    #: Continue the run in --out from its last checkpoint, extend it to --rounds, or
+    #: start it where there is none.
     resume: bool = False
     #: Rounds between checkpoints. Default: about a twentieth of the run.
     segment: int | None = None

@@ -89,7 +89,7 @@ def cell_config(config: Config, cell: Cell) -> fltrust_mnist.Config:
         dataset=config.dataset,
         data_dir=config.data_dir,
         out=out,
-        resume=(out / "config.json").exists(),
+        resume=True,
         rounds=config.rounds,
         epochs=config.epochs,
         seed=config.seed,

@@ -2,8 +2,8 @@
 
 Each folder is the --out of one run of fltrust_mnist, mad_pneumonia, pdrr, sanitization
 or fedsecure_vitals. Two folders with the same hash hold the same run: the longer one
-counts. Folders without results, such as of a task that was stopped, are named; running
-their command again with --resume finishes them.
+counts. Folders without a finished run, such as of a task that was stopped, are named and
+left out; running their command again with --resume finishes them.
 
 Example, after the tasks of an array job have each made a folder in runs/sweep:
   python -m experiments.merge runs/sweep/* --out runs/sweep.csv
@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 import fedjax_sim as fs
-from experiments.results import METRICS, TAIL, WHERE, reading, write_csv
+from experiments.results import METRICS, TAIL, WHERE, how_long, reading, write_csv
 
 VALUES = ("final", f"mean_of_last_{TAIL}", "spread_over_seeds")
 
@@ -33,6 +33,10 @@ class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     #: The table: a row for every run, system and metric.
     out: Path = Path("sweep.csv")
+
+
+class Unfinished(Exception):
+    """A folder has no finished run; with why."""
 
 
 class Run(NamedTuple):
@@ -55,25 +59,25 @@ class Run(NamedTuple):
         return max(int(system["rounds"]) for system in self.systems.values())
 
 
-def read(folder: Path) -> Run | None:
-    """The run of a folder; None where it is not finished.
+def read(folder: Path) -> Run:
+    """The run of a folder.
 
     Raises:
-        ValueError: the folder holds no run, or a damaged one.
+        Unfinished: there is none that is finished.
+        ValueError: it is damaged.
     """
     config, summary = folder / "config.json", folder / "summary.json"
     if not config.exists():
-        raise ValueError(
-            f"{folder} holds no run of a study ({config.name} is missing). Name the "
-            "--out folders of runs."
-        )
+        raise Unfinished("no run of a study")
     if not summary.exists():
-        return None
+        raise Unfinished("not finished")
     with reading(f"the run in {folder}", "Leave it out, or run it again."):
         found, results = (json.loads(p.read_text()) for p in (config, summary))
         run = Run(folder, found["key"], dict(found["config"]), results["systems"])
         if results["key"] != run.key:
             raise ValueError("summary.json is of another run")
+        if results["how_long"] != how_long(run.options):
+            raise Unfinished("extended, and not finished")
         _ = run.rounds
     return run
 
@@ -99,7 +103,7 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 
 def write(path: Path, runs: Sequence[Run], options: Sequence[str]) -> None:
-    """``key,folder,(options),system,metric,final,...``."""
+    """``key,folder,(options),system,round,metric,final,...``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for run in runs:
@@ -109,8 +113,10 @@ def write(path: Path, runs: Sequence[Run], options: Sequence[str]) -> None:
                 values = summary.get(metric)
                 if values:
                     found = [values.get(name) for name in VALUES]
-                    rows.append([run.key, run.folder, *own, system, metric, *found])
-    write_csv(path, ["key", "folder", *options, "system", "metric", *VALUES], rows)
+                    place = [run.key, run.folder, *own, system, summary["rounds"]]
+                    rows.append([*place, metric, *found])
+    header = ["key", "folder", *options, "system", "round", "metric", *VALUES]
+    write_csv(path, header, rows)
 
 
 def table(runs: Sequence[Run], options: Sequence[str]) -> fs.report.Table:
@@ -133,20 +139,24 @@ def main() -> None:
     try:
         if not config.runs:
             raise ValueError("name the --out folders of one or more runs")
-        read_runs = {folder: read(folder) for folder in config.runs}
-        merged = list(merge([run for run in read_runs.values() if run]).values())
+        found: list[Run] = []
+        left_out: list[str] = []
+        for folder in config.runs:
+            try:
+                found.append(read(folder))
+            except Unfinished as reason:
+                left_out.append(f"{reason}: {folder}")
+        merged = list(merge(found).values())
         if not merged:
-            raise ValueError("none of these runs is finished")
+            raise ValueError("; ".join(["none of these is finished", *left_out]))
         options = varied(merged)
         write(config.out, merged, options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     console.print(fs.report.rich_table(*table(merged, options), title="Final accuracy"))
-    for folder, run in read_runs.items():
-        if run is None:
-            console.print(f"not finished: {folder}", soft_wrap=True)
-        elif run not in merged:
-            console.print(f"the same run as another: {folder}", soft_wrap=True)
+    again = [run.folder for run in found if run not in merged]
+    for line in [*left_out, *(f"the same run as another: {path}" for path in again)]:
+        console.print(line, soft_wrap=True)
     console.print(f"{len(merged)} runs in {config.out}")
 
 

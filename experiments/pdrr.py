@@ -72,7 +72,7 @@ class Config:
     data_dir: Path | None = None
     #: Folder for the results; refused if it holds any, unless --resume is given.
     out: Path = Path("runs/pdrr")
-    #: Continue the run in --out from its last checkpoint, or extend it.
+    #: Continue the run in --out from its last checkpoint, extend it, or start it.
     resume: bool = False
     #: Rounds between checkpoints. Default: about a twentieth of a part.
     segment: int | None = None

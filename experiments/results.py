@@ -68,6 +68,11 @@ def config_key(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def how_long(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How many rounds a run is to have, of its options."""
+    return {name: options[name] for name in HOW_LONG if name in options}
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """The configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
@@ -263,6 +268,7 @@ def publish(
             figure.savefig(config.out / f"{name}.{suffix}")
     summary = {
         "key": config_key(config),
+        "how_long": how_long(as_json(config)),
         "systems": {n: summarise(h) for n, h in result.histories.items()},
         "versions": versions(),
         "compile_seconds": round(result.compile_seconds, 3),
@@ -271,6 +277,10 @@ def publish(
         "settings": settings,
     }
     write_atomically(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    earlier = json.loads((config.out / "config.json").read_text()).get("earlier", [])
+    for other in earlier:
+        was = "; ".join(f"{k} {v}" for k, v in other.items())
+        remarks = [*remarks, f"Some of the rounds were run with other versions: {was}."]
     if config.num_seeds > 1:
         remarks = ["± is the standard deviation over the seeds (ddof 1).", *remarks]
     parts = [

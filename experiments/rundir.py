@@ -21,9 +21,12 @@ from experiments.results import (
 def check_out(config: Any) -> None:
     """Checks the run directory before anything slow: new, or the same run to resume.
 
+    Where there is nothing to resume the run starts, so that the line of a sweep can be
+    given again and again.
+
     Raises:
-        ValueError: it holds results and ``resume`` is not set, nothing to resume,
-            another run's configuration, or a folder that cannot be written.
+        ValueError: it holds results and ``resume`` is not set, another run's
+            configuration, or a folder that cannot be written.
     """
     out: Path = config.out
     file = out / "config.json"
@@ -31,7 +34,8 @@ def check_out(config: Any) -> None:
     if file.exists():
         try:
             found = json.loads(file.read_text())
-            old, old_key, _ = dict(found["config"]), found["key"], found["data"]
+            old, old_key = dict(found["config"]), found["key"]
+            found["data"], found["versions"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is not a run's configuration ({error}). Choose another --out."
@@ -55,11 +59,6 @@ def check_out(config: Any) -> None:
                 f"--resume: {out} was started with another configuration ({what}). "
                 "Repeat the options it was started with, or choose another --out."
             )
-    elif config.resume:
-        raise ValueError(
-            f"--resume: {out} holds no run ({file.name} is missing). Drop --resume to "
-            "start one."
-        )
     else:
         check_unused(out, "run")
     check_writable(out)
@@ -83,7 +82,8 @@ def _unwritable(out: Path, why: str | None) -> ValueError:
 def open_out(config: Any, source: str) -> Iterator[None]:
     """Holds the run directory for one process and writes ``config.json``.
 
-    To be entered just before training, when nothing can be refused any more.
+    To be entered just before training, when nothing can be refused any more. Versions
+    and devices with which rounds were run before are kept there as ``earlier``.
 
     Args:
         config: the study's configuration.
@@ -101,13 +101,15 @@ def open_out(config: Any, source: str) -> Iterator[None]:
         "data": source,
         "versions": versions(),
     }
-    if config.resume:
-        before = json.loads(file.read_text())["data"]
-        if before != source:
+    if config.resume and file.exists():
+        before = json.loads(file.read_text())
+        if before["data"] != source:
             raise ValueError(
-                f"--resume: {out} was started on other data ({before}; now {source}). "
-                "Point --data-dir to the data it was started with."
+                f"--resume: {out} was started on other data ({before['data']}; now "
+                f"{source}). Point --data-dir to the data it was started with."
             )
+        ran = [*before.get("earlier", []), before["versions"]]
+        content["earlier"] = [v for v in ran if v != content["versions"]]
     with hold(out):
         if not config.resume and file.exists():
             raise _taken(out)

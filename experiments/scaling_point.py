@@ -29,7 +29,11 @@ WORKING_SETS = tuple(2**power for power in range(18, 29, 2))
 PROBES = 5
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
+# Of glibc's mallopt, and what its allocator comes to by itself where large buffers are
+# freed: those below 32 MB are then kept.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_USUAL = {_MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26}
+_KEEPS_NOTHING = {_MMAP_THRESHOLD: 2**16, _TRIM_THRESHOLD: 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,25 +221,28 @@ def measure(point: Point, data_dir: Path | None) -> Found:
     # What the compiler and the libraries hold is no array of the run.
     copies = point.devices if jax.default_backend() == "cpu" else 1
     arrays = copies * size_in_bytes((states, comparison.arrays))
+    _allocate(_KEEPS_NOTHING)
     seconds = []
     for repeat in range(point.repeats + 2):
-        if repeat == point.repeats + 1:  # the last run is for its memory
+        if repeat == 1:  # the first run starts threads and the like
             whole = _memory("VmHWM")
-            _forget_peak()
-            before = _memory("VmRSS") - arrays
+            before = _settled() - arrays
         first = jnp.int32(repeat * point.rounds)
         start = time.perf_counter()
         states, history = run(states, comparison.arrays, first, first + point.rounds)
         jax.block_until_ready(states)
         seconds.append(time.perf_counter() - start)
-    seconds = seconds[1:-1]  # the first one starts threads and the like
+        if repeat == 1:  # this one was for its memory, the others are for their time
+            peak = _memory("VmHWM")
+            _allocate(_USUAL)
+    seconds = seconds[2:]
     return Found(
         params=sim.num_params,
         round_seconds=statistics.median(seconds) / point.rounds,
         fastest=min(seconds) / point.rounds,
         slowest=max(seconds) / point.rounds,
         compile_seconds=compile_seconds,
-        peak_bytes=_memory("VmHWM") - before,
+        peak_bytes=peak - before,
         told_bytes=told.total,
         parts=told._asdict(),
         process_bytes=max(whole, _memory("VmHWM")),
@@ -259,18 +266,30 @@ def _memory(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def _forget_peak() -> None:
-    """Starts the highest memory anew, where the system can.
+def _allocate(options: dict[int, int]) -> None:
+    """Has glibc return what is freed, or keep it as usual.
 
-    glibc then keeps nothing of what is freed: neither what the compiler has left, 100
-    MB and more, nor large buffers from now on.
+    What has been freed already, such as 100 MB and more by the compiler, is returned.
     """
     library = ctypes.CDLL(ctypes.util.find_library("c"))
     if hasattr(library, "malloc_trim"):
-        library.mallopt(_MMAP_THRESHOLD, 2**16)
+        for option, value in options.items():
+            library.mallopt(option, value)
         library.malloc_trim(0)
+
+
+def _settled() -> int:
+    """Memory now, of which the peak starts anew, where the system can.
+
+    XLA frees its buffers some time after it has returned the results.
+    """
+    before = None
+    while (now := _memory("VmRSS")) != before:
+        before = now
+        time.sleep(0.2)
     if _CLEAR.exists():
         _CLEAR.write_text("5")
+    return now
 
 
 def machine() -> dict[str, Any]:

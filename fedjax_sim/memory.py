@@ -65,7 +65,8 @@ def predict(
     updates = seeds * held * len(comparison.systems)
     if first.in_passes:
         assert first.update_memory is not None
-        updates = seeds * min(-(-held // first.num_devices), first.update_memory)
+        share = -(-held // first.num_devices)
+        updates = seeds * share if share <= first.update_memory else 0
     copies = 1
     if jax.default_backend() == "cpu":  # whose devices share a memory
         copies = jax.local_device_count() if first.hosted else first.num_devices
