@@ -31,7 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import jax
 from rich.console import Console
@@ -73,7 +73,7 @@ class Config:
     out: Path = Path("runs/scaling")
     #: Seed of everything.
     seed: int = 0
-    #: What to vary.
+    #: What to vary. Of the others, the reports show what was measured before.
     series: tuple[Series, ...] = ("clients", "cohort", "width", "rule")
 
     #: Populations, of series clients. The other series but rule have the last one.
@@ -190,6 +190,24 @@ def check(config: Config) -> None:
     specs.make_attack(config.attack, specs.ANY_CLASSES)
     for point in all_points(config):
         make_rule(point).validate(point.cohort)
+
+
+def check_limit(config: Config, data: fs.types.Dataset) -> None:
+    """Checks that ``--update-memory`` holds an update.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if config.update_memory is None or "rule" not in config.series:
+        return
+    model = scaling_point.make_model(config.widths[0], data)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    size = sum(4 * x.size for x in jax.tree.leaves(params))
+    if config.update_memory < size:
+        raise ValueError(
+            f"--update-memory must hold at least one update, {size:,} bytes; got "
+            f"{config.update_memory:,}."
+        )
 
 
 def points(config: Config, series: str) -> list[Point]:
@@ -313,6 +331,7 @@ def run(config: Config, console: Console) -> None:
     # The measurements run in other processes: this one leaves a GPU to them.
     jax.config.update("jax_platforms", "cpu")
     check(config)
+    check_limit(config, fs.data.load(config.dataset, config.data_dir))
     rundir.check_writable(config.out)
     if not (config.out / "machine.json").exists():
         rundir.check_unused(config.out, "scaling study")
@@ -339,10 +358,13 @@ def run(config: Config, console: Console) -> None:
                     f"about {runner.duration(left)})",
                     soft_wrap=True,
                 )
-        series: dict[str, list[Result]] = {
-            name: [r for p in points(config, name) if (r := done[p]) is not None]
-            for name in config.series
-        }
+        # Of series that were not asked for, what was measured before.
+        series: dict[str, list[Result]] = {}
+        for name in get_args(Series):
+            for point in points(config, name):
+                known = done.get(point) or kept(point_file(config, point))
+                if known is not None:
+                    series.setdefault(name, []).append(known)
         command = commandline.command(config, PRESETS[config.preset])
         scaling_report.write(config, command, machine, series, console)
 

@@ -17,6 +17,7 @@ checkpoint, with as many processes as you like.
 """
 
 import dataclasses
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -50,6 +51,15 @@ def commands(config: Config, study: list[str]) -> list[list[str]]:
         raise ValueError(
             "expected a study after --, as in: -- experiments.fltrust_mnist --preset "
             f"demo; got {' '.join(study) or 'nothing'}."
+        )
+    try:
+        known = importlib.util.find_spec(study[0]) is not None
+    except (ImportError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"there is no module {study[0]}; expected one with --distributed, as "
+            "experiments.fltrust_mnist."
         )
     if config.processes < 1:
         raise ValueError(f"--processes must be at least 1; got {config.processes}.")

@@ -2,8 +2,8 @@
 
 Each folder is the --out of one run of fltrust_mnist, mad_pneumonia, pdrr, sanitization
 or fedsecure_vitals. Two folders with the same hash hold the same run: the longer one
-counts. Folders without a finished run, such as of a task that was stopped, are named and
-left out; running their command again with --resume finishes them.
+counts. Folders without a finished run, such as of a task that was stopped, are left out
+and named; running their command again with --resume finishes them.
 
 Example, after the tasks of an array job have each made a folder in runs/sweep:
   python -m experiments.merge runs/sweep/* --out runs/sweep.csv

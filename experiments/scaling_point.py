@@ -143,6 +143,13 @@ def make_rule(point: Point) -> fs.types.Aggregator:
     return specs.make_aggregator(point.aggregator, assumed)
 
 
+def make_model(width: int, data: fs.types.Dataset) -> fs.models.Model:
+    """A network with one hidden layer of that width; with none for 0."""
+    shape = data.train.inputs.shape[1:]
+    hidden = (width,) if width else ()
+    return fs.models.mlp(shape, data.num_classes, hidden=hidden)
+
+
 def simulate(point: Point, data: fs.types.Dataset) -> fs.Simulation:
     """The simulation of a point.
 
@@ -152,13 +159,11 @@ def simulate(point: Point, data: fs.types.Dataset) -> fs.Simulation:
     clients, root = fs.data.populate(
         data, point.clients, size=point.samples, seed=point.seed
     )
-    shape = data.train.inputs.shape[1:]
-    hidden = (point.width,) if point.width else ()
     attack = specs.make_attack(point.attack, data.num_classes)
     active = attack.on_updates is not None or attack.on_data is not None
     byzantine = round(point.attackers * point.clients) if active else 0
     return fs.Simulation(
-        model=fs.models.mlp(shape, data.num_classes, hidden=hidden),
+        model=make_model(point.width, data),
         clients=clients,
         root=root,
         test=data.test,

@@ -91,11 +91,11 @@ def _held(x: AnyArray, copies: int) -> int:
     return sum(shard.data.nbytes for shard in x.addressable_shards[:copies])
 
 
-def check_fits(memory: Memory, sim: "Simulation") -> None:
+def check_fits(memory: Memory, sim: "Simulation", otherwise: str = "") -> None:
     """Refuses a run that takes more than there is.
 
     Raises:
-        MemoryError: with the numbers, and what would change them.
+        MemoryError: with the numbers, what would change them, and ``otherwise``.
     """
     free = free_memory()
     if free is None or memory.total <= free:
@@ -106,14 +106,14 @@ def check_fits(memory: Memory, sim: "Simulation") -> None:
         if size > 0.01 * memory.total
     )
     knobs = []
-    if memory.updates + memory.work > memory.state + memory.data:
+    if memory.updates + memory.work > 0.1 * memory.total:
         knobs += ["lower cohort_size, or client_chunk"]
-        if sim.update_memory is None:
+        if sim.update_memory is None and sim.aggregator.in_passes is not None:
             whole = gigabytes(4 * sim.cohort_size * sim.num_params)
             knobs += [
                 f"set update_memory, which bounds the {whole} of the cohort's updates"
             ]
-        else:
+        elif sim.in_passes:
             knobs += ["lower update_memory"]
     if memory.state > 0.1 * memory.total:
         knobs += [
@@ -129,7 +129,7 @@ def check_fits(memory: Memory, sim: "Simulation") -> None:
     raise MemoryError(
         f"this run would take about {gigabytes(memory.total)} ({parts}), but "
         f"{gigabytes(free)} are free. Fewer seeds or systems take less; or "
-        f"{'; '.join(knobs)}. With check_memory=False it is tried all the same."
+        f"{'; '.join(knobs)}.{otherwise}"
     )
 
 

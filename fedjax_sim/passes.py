@@ -101,6 +101,12 @@ class Rows:
 
     @property
     def finite(self) -> Array:
+        if "finite" not in self._known:
+            raise ValueError(
+                "who takes part is known after the first pass: call rows.scan or "
+                "rows.columns before rows.present or rows.finite (a rule needs at "
+                "least one pass)."
+            )
         found: Array = self._known["finite"]
         return found
 

@@ -611,7 +611,11 @@ class Comparison:
             return
         needed = memory.predict(self, states, num_rounds, eval_every)
         there = needed._replace(data=0, state=0)
-        memory.check_fits(there, next(iter(self.systems.values())))
+        memory.check_fits(
+            there,
+            next(iter(self.systems.values())),
+            " With check_memory=False it is tried all the same.",
+        )
         self._fitting.add(program)
 
     @functools.cached_property

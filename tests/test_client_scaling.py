@@ -201,6 +201,7 @@ def test_a_process_of_its_own():
         ({"attack": "sign_filp"}, "Unknown attack"),
         ({"rules": ("krum",), "everyone": 3, "attackers": 0.4}, "krum"),
         ({"devices": (1, 3)}, "--devices 3, but there are 2"),
+        ({"update_memory": 2599}, "at least one update, 2,600 bytes; got 2,599"),
     ],
 )
 def test_bad_options_before_anything_is_measured(
@@ -226,6 +227,18 @@ def test_damaged_files(tmp_path, monkeypatch):
     (out / "machine.json").write_text("{}")
     with pytest.raises(ValueError, match=r"machine\.json is damaged"):
         run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+
+
+def test_what_was_measured_before_stays_in_the_reports(tmp_path, monkeypatch):
+    out = tmp_path / "scaling"
+    run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+    assert not (out / "rule.png").exists()
+    run(out, monkeypatch, lambda point, data_dir: found(), series=("rule",))
+    assert {row["clients"] for row in rows(out)} == {"12", "20", "9"}
+    # Of other clients nothing is left to draw.
+    run(out, monkeypatch, None, series=("rule",), clients=(30, 40), cohorts=(5,))
+    assert {row["clients"] for row in rows(out)} == {"9"}
+    assert not (out / "clients.png").exists()
 
 
 def test_two_machines_do_not_mix(tmp_path, monkeypatch):

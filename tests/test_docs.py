@@ -19,9 +19,18 @@ import pytest
 from rich.console import Console
 
 from experiments import attack_matrix
+from fedjax_sim import passes
+from fedjax_sim.aggregators.common import normalize
 from fedjax_sim.pytrees import ravel
 from fedjax_sim.registry import require
-from fedjax_sim.types import Array, Params, PyTree, RoundContext, Train
+from fedjax_sim.types import (
+    AggregatorInfo,
+    Array,
+    Params,
+    PyTree,
+    RoundContext,
+    Train,
+)
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -167,6 +176,15 @@ def test_contributing_s_fragments_work_in_a_rule():
     assert 1 < state < 3
     with pytest.raises(ValueError, match="mine has to be pre-trained"):
         fragment["init"](jnp.ones(1), 3)
+
+    names = {"passes": passes, "RoundContext": RoundContext, "normalize": normalize}
+    names |= {"AggregatorInfo": AggregatorInfo, "factor": 1.2, "Array": Array}
+    rule = run("def in_passes", **shared, **names)["in_passes"]
+    U = jnp.array([[1.0], [2.0], [90.0], [jnp.nan]])
+    rows = passes.Rows(lambda places: (U[places], ()), 4, 1, chunk=2, memory=8)
+    aggregate, _, info = rule(rows, (), context)
+    assert aggregate.tolist() == [1.5]
+    assert info.flagged.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

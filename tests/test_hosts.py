@@ -183,8 +183,12 @@ def test_what_processes_cannot_share_is_refused():
     [
         ([], "expected a study after --"),
         (["--processes", "2", "--", "--rounds"], "expected a study after --"),
-        (["--processes", "0", "--", "study"], "must be at least 1"),
-        (["--processes", "2", "--distributed", "auto", "--", "study"], "drop it"),
+        (["--", "experiments/fltrust_mnist.py"], "there is no module"),
+        (["--processes", "0", "--", "experiments.pdrr"], "must be at least 1"),
+        (
+            ["--processes", "2", "--distributed", "auto", "--", "experiments.pdrr"],
+            "drop it",
+        ),
     ],
 )
 def test_launch_says_what_it_needs(arguments, message, monkeypatch):

@@ -124,6 +124,18 @@ def test_forms_in_passes_are_checked_before_training(shared):
         aggregate, state, info = rule.in_passes(rows, state, context)
         return aggregate, state, info._replace(scores=info.scores[:4])
 
+    def blind(rows, state, context):
+        return jnp.zeros(rows.size), state, rule_info(rows)
+
+    def rule_info(rows):
+        share = jnp.full(len(rows), 1 / len(rows))
+        return fs.types.AggregatorInfo(share, share > 1, share)
+
+    with pytest.raises(ValueError, match="known after the first pass"):
+        fs.Simulation(
+            **shared, aggregator=rule._replace(in_passes=blind), update_memory=4 * 610
+        )
+
     def one_row(rows, state, context):
         return lambda updates, places: updates[0]
 
