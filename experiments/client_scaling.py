@@ -23,6 +23,7 @@ Example:
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -176,6 +177,11 @@ def check(config: Config) -> None:
         raise ValueError(f"--lr must be a positive number; got {config.lr}.")
     if not 0 <= config.attackers < 0.5:
         raise ValueError(f"--attackers must be in [0, 0.5); got {config.attackers}.")
+    if config.batch_size > config.samples:
+        raise ValueError(
+            f"--batch-size {config.batch_size}, but clients have --samples "
+            f"{config.samples}. Lower the batch size."
+        )
     if max(config.cohorts) > config.clients[-1]:
         raise ValueError(
             f"--cohorts {max(config.cohorts)} of {config.clients[-1]} clients (the "
@@ -261,16 +267,19 @@ def all_points(config: Config) -> list[Point]:
     return list(dict.fromkeys(p for s in config.series for p in points(config, s)))
 
 
-def point_file(config: Config, point: Point) -> Path:
-    """Where a point is kept: its name has the hash of all that it depends on."""
-    text = json.dumps([config.STUDY, fs.__version__, dataclasses.asdict(point)])
+def point_file(config: Config, point: Point, source: str) -> Path:
+    """Where a point is kept: its name has the hash of all that it depends on.
+
+    ``source`` says which data it is measured on, ``Dataset.source``.
+    """
+    text = json.dumps([config.STUDY, fs.__version__, dataclasses.asdict(point), source])
     text += specs.source_hash(point.aggregator) + specs.source_hash(point.attack)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return config.out / "points" / f"{key}.json"
 
 
-def kept(path: Path) -> Result | None:
-    """A measurement that was kept; None where there is none.
+def kept(path: Path, point: Point) -> Result | None:
+    """The measurement of a point that was kept; None where there is none.
 
     Raises:
         ValueError: the file is damaged.
@@ -281,7 +290,13 @@ def kept(path: Path) -> Result | None:
         content = json.loads(path.read_text())
         work = Work(**content["found"].pop("work"))
         found = Found(**content["found"], work=work)
-        return Result(Point(**content["point"]), found)
+        if content["point"] != dataclasses.asdict(point):
+            raise ValueError("it is of another point")
+        for value in (*work, found.round_seconds, found.told_bytes, found.accuracy):
+            if not 0 <= float(value) < math.inf:
+                raise ValueError(f"{value} is no measurement")
+        1 / found.round_seconds, float(found.peak_bytes), float(found.compile_seconds)
+        return Result(point, found)
 
 
 def keep(path: Path, point: Point, found: Found) -> None:
@@ -331,11 +346,16 @@ def run(config: Config, console: Console) -> None:
     # The measurements run in other processes: this one leaves a GPU to them.
     jax.config.update("jax_platforms", "cpu")
     check(config)
-    check_limit(config, fs.data.load(config.dataset, config.data_dir))
+    data = fs.data.load(config.dataset, config.data_dir)
+    check_limit(config, data)
     rundir.check_writable(config.out)
     if not (config.out / "machine.json").exists():
         rundir.check_unused(config.out, "scaling study")
-    done = {point: kept(point_file(config, point)) for point in all_points(config)}
+
+    def before(point: Point) -> Result | None:
+        return kept(point_file(config, point, data.source), point)
+
+    done = {point: before(point) for point in all_points(config)}
     with rundir.hold(config.out):
         (config.out / "points").mkdir(exist_ok=True)
         machine = probe(config, console)
@@ -349,7 +369,9 @@ def run(config: Config, console: Console) -> None:
             task = progress.add_task("points", total=len(missing))
             for count, point in enumerate(missing, start=1):
                 progress.update(task, description=label(point))
-                result = measure(config, point)
+                result = measure(point, config.data_dir)
+                if result.found is not None:
+                    keep(point_file(config, point, data.source), point, result.found)
                 done[point] = result
                 progress.update(task, advance=1)
                 left = (time.perf_counter() - start) / count * (len(missing) - count)
@@ -362,7 +384,7 @@ def run(config: Config, console: Console) -> None:
         series: dict[str, list[Result]] = {}
         for name in get_args(Series):
             for point in points(config, name):
-                known = done.get(point) or kept(point_file(config, point))
+                known = done.get(point) or before(point)
                 if known is not None:
                     series.setdefault(name, []).append(known)
         command = commandline.command(config, PRESETS[config.preset])
@@ -381,7 +403,10 @@ def probe(config: Config, console: Console) -> dict[str, Any]:
         here = apart(results.versions, usable_cores())
         with results.reading(path, "Delete it to measure the machine again."):
             machine: dict[str, Any] = json.loads(path.read_text())
-            machine["flops"], machine["bytes"], machine["devices"]
+            for speed in (machine["flops"], *machine["bytes"].values()):
+                if not 0 < float(speed) < math.inf:
+                    raise ValueError(f"{speed} is no speed")
+            {int(size) for size in machine["bytes"]}, int(machine["devices"])
             there = dict(machine["versions"])
         differ = {k for k in here | there if here.get(k) != there.get(k)}
         if differ:
@@ -404,18 +429,17 @@ def probe(config: Config, console: Console) -> dict[str, Any]:
     return machine
 
 
-def measure(config: Config, point: Point) -> Result:
-    """Measures a point and keeps it; of one that does not fit, the reason.
+def measure(point: Point, data_dir: Path | None) -> Result:
+    """Measures a point; of one that does not fit, the reason.
 
-    That one is not kept: another time there may be more memory.
+    That one will not be kept: another time there may be more memory.
     """
     try:
-        found = apart(scaling_point.measure, point.devices, point, config.data_dir)
+        found = apart(scaling_point.measure, point.devices, point, data_dir)
     except MemoryError as error:
         return Result(point, None, str(error))
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{label(point)}: {error}") from None
-    keep(point_file(config, point), point, found)
     return Result(point, found)
 
 

@@ -16,6 +16,7 @@ within half a minute), and the same command with --resume goes on from the last
 checkpoint, with as many processes as you like.
 """
 
+import ctypes
 import dataclasses
 import importlib.util
 import signal
@@ -26,6 +27,7 @@ import time
 
 import tyro
 
+PR_SET_PDEATHSIG = 1  # in sys/prctl.h
 GRACE = 2.0  # seconds from asking a process to end to ending it
 
 
@@ -104,6 +106,13 @@ def end(children: list[subprocess.Popen]) -> None:
             child.wait()
 
 
+def end_with_parent() -> None:
+    """Has this process ended with its parent, however that ends, where Linux can."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def why(number: int, count: int, code: int) -> str:
     """What is to be said of a process that did not end well."""
     if code > 0:
@@ -115,7 +124,7 @@ def why(number: int, count: int, code: int) -> str:
     if -code == signal.SIGKILL:
         what += ", as the system does where memory runs out"
     if -code == signal.SIGABRT:
-        what += ", as JAX does where another process of the job is lost"
+        what += ", as JAX does where another process of the job is lost, or never came"
     return (
         f"error: process {number} of {count} was ended by {what}, and with it the job. "
         "The same command with --resume goes on from the last checkpoint."
@@ -132,12 +141,13 @@ def main() -> None:
         all_commands = commands(config, study)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    # A batch system ends a job so; what was started ends with it.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # So a batch system or a closed terminal ends a job; what was started ends with it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     children: list[subprocess.Popen] = []
     try:
         for command in all_commands:
-            children.append(subprocess.Popen(command))
+            children.append(subprocess.Popen(command, preexec_fn=end_with_parent))
         failed = wait(children)
         if failed is not None:
             sys.exit(why(failed, len(children), children[failed].returncode))

@@ -73,12 +73,16 @@ def read(folder: Path) -> Run:
         raise Unfinished("not finished")
     with reading(f"the run in {folder}", "Leave it out, or run it again."):
         found, results = (json.loads(p.read_text()) for p in (config, summary))
-        run = Run(folder, found["key"], dict(found["config"]), results["systems"])
+        run = Run(folder, found["key"], {**found["config"]}, {**results["systems"]})
         if results["key"] != run.key:
             raise ValueError("summary.json is of another run")
         if results["how_long"] != how_long(run.options):
             raise Unfinished("extended, and not finished")
-        _ = run.rounds
+        for system in run.systems.values():
+            int(system["rounds"])
+            for metric in METRICS:
+                if system.get(metric) is not None:
+                    float(system[metric]["final"])
     return run
 
 
@@ -139,6 +143,8 @@ def main() -> None:
     try:
         if not config.runs:
             raise ValueError("name the --out folders of one or more runs")
+        if config.out.is_dir():
+            raise ValueError(f"--out {config.out} is a folder; name a file")
         found: list[Run] = []
         left_out: list[str] = []
         for folder in config.runs:

@@ -56,6 +56,7 @@ METRICS = (
 )
 CLIENT_RECORDS = ("client_ids", "byzantine", "weights", "flagged", "scores")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError)
 TAIL = 5  # values in the reported mean over the last ones
 
 
@@ -98,14 +99,18 @@ def reading(what: Path | str, cure: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{what} is damaged ({error!r}). {cure}") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_csv(path: Path, header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:

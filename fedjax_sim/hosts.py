@@ -9,6 +9,7 @@ clients' data are where they were loaded.
 import dataclasses
 import itertools
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,8 +36,9 @@ def start(how: str = "auto") -> None:
 
     Raises:
         ValueError: ``how`` is neither.
-        RuntimeError: nothing says who is who, JAX has started already, or the others
-            did not come.
+        RuntimeError: nothing says who is who, or JAX has started already.
+
+    Where the others do not come JAX ends the process after a minute, by SIGABRT.
 
     Example:
         >>> start("node1:9000,4")
@@ -56,10 +58,10 @@ def start(how: str = "auto") -> None:
                 f"{how!r}."
             )
         count, own = map(int, numbers)
-        if not 0 <= own < count:
+        if not (0 < int(port) < 2**16 and 0 <= own < count):
             raise ValueError(
-                f"{how!r}: of {count} processes the numbers are 0 to {count - 1}; got "
-                f"{own}."
+                f"{how!r}: a port is below 65536, and of n processes, one at least, "
+                "the numbers are 0 to n - 1."
             )
         options = {
             "coordinator_address": address,
@@ -67,6 +69,8 @@ def start(how: str = "auto") -> None:
             "process_id": own,
         }
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would catch SIGTERM, by which batch systems end a job, and go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **options,
@@ -309,6 +313,28 @@ def spread(clients: HostClients) -> Spread:
         stack("mask", share),
         replicate(clients.counts, jax.device_count()),
     )
+
+
+def check_alike(things: Mapping[str, str]) -> None:
+    """What all processes must have alike is alike.
+
+    Raises:
+        ValueError: in every process: names what is not.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.array([zlib.crc32(x.encode()) >> 1 for x in things.values()])
+    everybody = np.asarray(multihost_utils.process_allgather(own))
+    differ = [
+        name
+        for name, seen in zip(things, everybody.T, strict=True)
+        if len(set(seen.tolist())) > 1
+    ]
+    if differ:
+        raise ValueError(
+            f"the processes differ in {' and '.join(differ)}: all of them must run the "
+            "same program, with the same options and keys."
+        )
 
 
 def agree(value: float) -> float:

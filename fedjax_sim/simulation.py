@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from fedjax_sim import checks, memory, rounds
-from fedjax_sim.hosts import HostClients, spread
+from fedjax_sim.hosts import HostClients, check_alike, spread
 from fedjax_sim.memory import Memory
 from fedjax_sim.models import Model
 from fedjax_sim.registry import check_count
@@ -587,6 +587,8 @@ class Comparison:
             self._check_memory(states, num_rounds, eval_every)
         start = int(np.ravel(next(iter(states.values())).round)[0])
         last = start + num_rounds if last is None else last
+        if next(iter(self.systems.values())).hosted:
+            self._check_alike(states, start, last, num_rounds, eval_every)
         states, histories = self._scan(
             states,
             self.arrays,
@@ -617,6 +619,25 @@ class Comparison:
             " With check_memory=False it is tried all the same.",
         )
         self._fitting.add(program)
+
+    def _check_alike(
+        self,
+        states: Mapping[str, RoundState],
+        start: int,
+        last: int,
+        num_rounds: int,
+        eval_every: int,
+    ) -> None:
+        """All processes are about to run the same rounds of the same program."""
+        program = self.lower(dict(states), num_rounds, eval_every).as_text()
+        key = jax.random.key_data(next(iter(states.values())).key)
+        check_alike(
+            {
+                "their program (model, rule, attack, local training, rounds)": program,
+                "the round they are at": f"{start} of {last}",
+                "their key": str(np.asarray(key).tolist()),
+            }
+        )
 
     @functools.cached_property
     def _fitting(self) -> set[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import pytest
 
 import fedjax_sim as fs
 from fedjax_sim import checkpoint
@@ -85,6 +86,16 @@ def run(clients, root, test, folder, rounds, names=RUNS):
     return found
 
 
+def check_refusals(comparison):
+    """What differs between the processes is named before anything is run."""
+    me = jax.process_index()
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="the processes differ in their key: "):
+        comparison.run(jax.random.key(me), num_rounds=2)
+    with pytest.raises(ValueError, match=r"differ in their program .* the round they"):
+        comparison.run(key, num_rounds=1 + me)
+
+
 def as_arrays(found):
     """By the name of the run and the path in its states and histories."""
     return {
@@ -111,6 +122,8 @@ def main():
     assert mine.num_clients < CLIENTS or jax.process_count() == 1
     joined = fs.hosts.share(mine)
     assert joined.counts.tolist() == clients.sizes().tolist()
+    if jax.process_count() == 2:
+        check_refusals(fs.compare(systems(joined, root, data.test)["all"]))
     found = run(joined, root, data.test, Path(folder), int(rounds), names)
     arrays = as_arrays(found)
     if jax.process_index() == 0:

@@ -194,6 +194,8 @@ def test_a_process_of_its_own():
         ({"clients": ()}, "--clients must name one or more"),
         ({"cohorts": (4, 30)}, "a cohort cannot be larger"),
         ({"cohorts": (15, 4)}, "only 12 clients"),
+        ({"batch_size": 21}, "--batch-size 21, but clients have --samples 20"),
+        ({"dataset": "digit"}, "digit"),
         ({"devices": (1, 1)}, "--devices must name one or more, each once"),
         ({"lr": float("nan")}, "--lr must be a positive number"),
         ({"attackers": 0.5}, r"--attackers must be in \[0, 0.5\)"),
@@ -223,6 +225,16 @@ def test_damaged_files(tmp_path, monkeypatch):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+    others = json.loads(next(p for p in file.parent.iterdir() if p != file).read_text())
+    file.write_text(json.dumps(others))
+    with pytest.raises(ValueError, match=r"is damaged .*it is of another point"):
+        run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
+    content["found"]["params"] = 650
+    for value in (0, "abc", None, float("nan"), -1):
+        content["found"]["round_seconds"] = value
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+            run(out, monkeypatch, lambda point, data_dir: found(), series=("clients",))
     file.unlink()
     (out / "machine.json").write_text("{}")
     with pytest.raises(ValueError, match=r"machine\.json is damaged"):

@@ -7,9 +7,10 @@ from fedjax_sim.data.root import draw_root
 from fedjax_sim.registry import check_count, check_number, check_type
 from fedjax_sim.types import Clients, Dataset, Examples
 
-# Clients that are drawn by one generator: a client's samples depend on the seed and its
-# number, not on how many clients there are.
-_BLOCK = 4096
+# Clients that are drawn by one generator, fewer where they have many samples: what a
+# client has depends on the seed and its number, not on how many clients there are.
+_BLOCK, _SAMPLES = 4096, 2**20
+_ALPHA = 1e100  # from which on the shares would leave the range of floating point
 
 
 def populate(
@@ -62,12 +63,13 @@ def populate(
     num_clients = check_count("num_clients", num_clients, 1)
     low, high = _sizes(size)
     if alpha is not None:
-        alpha = check_number("populate's alpha", alpha, low=0)
+        alpha = check_number("populate's alpha", alpha, low=0, high=_ALPHA)
         if data.task == "multilabel":
             raise ValueError(
                 "populate's alpha goes by class: it needs one label per sample; got "
                 f"the multilabel {data.name}. Leave alpha out."
             )
+    check_count("seed", seed, 0)
     targets = np.asarray(data.train.targets)
     root_rng = np.random.default_rng(seed)
     root_rows = draw_root(root_rng, targets, root_size, None, 0)
@@ -85,10 +87,11 @@ def populate(
 
     indices = np.empty((num_clients, high), np.int32)
     mask = np.empty((num_clients, high), bool)
-    for first in range(0, num_clients, _BLOCK):
-        rng = np.random.default_rng((seed, first // _BLOCK))
-        drawn, sizes = _draw(rng, counts, alpha, low, high)
-        block = slice(first, min(first + _BLOCK, num_clients))
+    together = max(min(_BLOCK, _SAMPLES // high), 1)
+    for first in range(0, num_clients, together):
+        rng = np.random.default_rng((seed, first // together))
+        drawn, sizes = _draw(rng, counts, alpha, low, high, together)
+        block = slice(first, min(first + together, num_clients))
         count = block.stop - first
         mask[block] = np.arange(high) < sizes[:count, None]
         indices[block] = np.where(mask[block], by_class[drawn[:count]], 0)
@@ -104,7 +107,13 @@ def populate(
 
 
 def _sizes(size: int | tuple[int, int]) -> tuple[int, int]:
-    low, high = size if isinstance(size, tuple | list) else (size, size)
+    both = size if isinstance(size, tuple | list) else (size, size)
+    if len(both) != 2:
+        raise ValueError(
+            "populate's size must be a number of samples, or the smallest and the "
+            f"largest; got {size}."
+        )
+    low, high = both
     low = check_count("populate's size", low, 1)
     high = check_count("populate's size", high, 1)
     if low > high:
@@ -121,23 +130,24 @@ def _draw(
     alpha: float | None,
     low: int,
     high: int,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For a block of clients the places of their samples, class by class, and sizes.
 
     Always of a whole block, so that a client does not depend on how many there are.
     """
-    sizes = rng.integers(low, high, _BLOCK, endpoint=True)
-    classes = np.zeros((_BLOCK, high), int)
+    sizes = rng.integers(low, high, count, endpoint=True)
+    classes = np.zeros((count, high), int)
     if alpha is not None:
-        shares = rng.standard_gamma(alpha, (_BLOCK, len(counts)))
+        shares = rng.standard_gamma(alpha, (count, len(counts)))
         # A small alpha underflows: then the client has one class.
-        only = rng.integers(len(counts), size=_BLOCK)
+        only = rng.integers(len(counts), size=count)
         none = shares.sum(axis=1) == 0.0
         shares[none, only[none]] = 1.0
         ends = shares.cumsum(axis=1)
-        draws = rng.random((_BLOCK, high)) * ends[:, -1:]
+        draws = rng.random((count, high)) * ends[:, -1:]
         classes = (draws[:, :, None] >= ends[:, None]).sum(axis=2)
         classes = np.minimum(classes, len(counts) - 1)
     starts = counts.cumsum() - counts
-    places = rng.random((_BLOCK, high)) * counts[classes]
+    places = rng.random((count, high)) * counts[classes]
     return starts[classes] + places.astype(int), sizes

@@ -21,6 +21,13 @@ def test_a_client_does_not_depend_on_how_many_there_are(digits):
     assert (np.asarray(few.indices) != np.asarray(other.indices)).mean() > 0.5
 
 
+def test_many_samples_of_a_client(digits):
+    few, _ = fs.data.populate(digits, 2, size=400_000)
+    many, _ = fs.data.populate(digits, 4, size=400_000)  # two are drawn at a time
+    np.testing.assert_array_equal(few.indices, many.indices[:2])
+    assert (np.asarray(many.indices[2]) != np.asarray(many.indices[0])).mean() > 0.9
+
+
 def test_nothing_is_copied_and_nobody_has_the_root(digits):
     clients, root = fs.data.populate(digits, 50_000, size=8, root_size=200)
     assert clients.inputs.shape == digits.train.inputs.shape
@@ -61,6 +68,9 @@ def test_bad_numbers(digits):
         "the smallest and the largest; got 9 and 3": {"size": (9, 3)},
         "num_clients must be an integer of at least 1": {"num_clients": 0},
         "root_size": {"root_size": len(digits.train.targets)},
+        r"alpha must be a finite number in \(0, 1e\+100\)": {"alpha": 1e300},
+        r"the smallest and the largest; got \(3,\)": {"size": (3,)},
+        "seed must be an integer of at least 0; got -1": {"seed": -1},
     }
     for message, options in refused.items():
         with pytest.raises(ValueError, match=message):
