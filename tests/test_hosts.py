@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -197,6 +198,26 @@ def test_launch_says_what_it_needs(arguments, message, monkeypatch):
         launch.main()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a service of Linux")
+def test_what_was_started_ends_with_its_parent():
+    code = (
+        "import os, signal, subprocess; from experiments import launch; "
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=launch.end_with_parent); "
+        "print(child.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    process = Path("/proc") / done.stdout.strip()
+    for _ in range(50):
+        # Gone, or waiting for init to read how it ended.
+        if not process.exists() or ") Z " in (process / "stat").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {done.stdout.strip()} is still there")
+
+
 def test_a_process_that_dies_ends_the_job_and_the_run_resumes(tmp_path):
     out = tmp_path / "run"
     options = ["--preset", "demo", "--model", "mlp", "--aggregators", "median"]
@@ -223,7 +244,8 @@ def test_a_process_that_dies_ends_the_job_and_the_run_resumes(tmp_path):
         finally:
             launch.end(job)
     assert time.monotonic() - start < 30
-    assert job[0].returncode < 0  # which waited for the other
+    # Which waited for the other; a batch system ends it the same way.
+    assert job[0].returncode == -signal.SIGTERM
     assert "process 1 of 2 was ended by SIGKILL" in launch.why(1, 2, job[1].returncode)
     last = checkpoint.latest_round(out / "checkpoints" / "all") + 2
     config = fltrust_mnist.parse([*options, "--rounds", str(last), "--resume"])
