@@ -231,7 +231,7 @@ def measure(point: Point, data_dir: Path | None) -> Found:
     for repeat in range(point.repeats + 2):
         if repeat == 1:  # the first run starts threads and the like
             whole = _memory("VmHWM")
-            before = _settled() - arrays
+            before = _settled()
         first = jnp.int32(repeat * point.rounds)
         start = time.perf_counter()
         states, history = run(states, comparison.arrays, first, first + point.rounds)
@@ -247,7 +247,8 @@ def measure(point: Point, data_dir: Path | None) -> Found:
         fastest=min(seconds) / point.rounds,
         slowest=max(seconds) / point.rounds,
         compile_seconds=compile_seconds,
-        peak_bytes=peak - before,
+        # The system counts pages of several threads with a delay: never less than none.
+        peak_bytes=arrays + max(peak - before, 0),
         told_bytes=told.total,
         parts=told._asdict(),
         process_bytes=max(whole, _memory("VmHWM")),
